@@ -1,0 +1,1 @@
+"""A NumPy and Numba runtime for block-sparse model files."""
