@@ -1,0 +1,117 @@
+"""What lies where in the folder of a run, and which folder a resumed run goes on in.
+
+Nothing here imports torch, so that ``python train.py --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+__all__ = ["STAGES", "RunFolder", "register_resolvers", "resume_point"]
+
+STAGES = ("dense", "sparse")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside ``runs/<name>/<time>/``.
+
+    Parameters
+    ----------
+    path
+        The folder itself.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, as YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The resolved pruning table: layer, shape, pattern, target or why skipped."""
+        return self.path / "sparsity.txt"
+
+    @property
+    def model(self) -> Path:
+        """The exported file."""
+        return self.path / "model.bsr.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    def checkpoint(self, stage: str) -> Path:
+        """Return where the finished weights of a stage lie; it exists once the stage is done."""
+        return self.checkpoints / f"{stage}.ckpt"
+
+    def last(self, stage: str) -> Path:
+        """Return where the state of a stage under way lies, optimizer and masks included."""
+        return self.checkpoints / f"last_{stage}.ckpt"
+
+    def log_version(self, stage: str) -> str:
+        """Return a name for a fresh folder below ``logs/``: the stage, numbered when resumed."""
+        attempt, name = 1, stage
+        while (self.path / "logs" / name).exists():
+            attempt += 1
+            name = f"{stage}_{attempt}"
+        return name
+
+
+def resume_point(target: str | Path) -> tuple[RunFolder, Path | None]:
+    """Find the run that `target` belongs to.
+
+    Parameters
+    ----------
+    target
+        The folder of a run, or one of the checkpoints in it.
+
+    Returns
+    -------
+    RunFolder, Path or None
+        The run, and the checkpoint where `target` names one.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such path, or no run there.
+    """
+    path = Path(target).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(
+            f"resume={target}: no such file or folder. Name the folder of a run, such as "
+            "runs/<name>/<time>, or one of the files in its checkpoints folder"
+        )
+    checkpoint = path if path.is_file() else None
+    folder = RunFolder(path.resolve().parent.parent if checkpoint else path)
+    if not folder.config.is_file():
+        raise FileNotFoundError(
+            f"resume={target}: {folder.path} has no config.yaml, so it is not the folder of a run. "
+            "Name the folder below runs/<name>/ that holds config.yaml and checkpoints/"
+        )
+    if checkpoint and checkpoint.resolve() not in {
+        folder.last(stage).resolve() for stage in STAGES
+    } | {folder.checkpoint("dense").resolve()}:
+        raise FileNotFoundError(
+            f"resume={target}: not a checkpoint that a run goes on from; those are "
+            + ", ".join(str(folder.last(stage)) for stage in STAGES)
+            + f" and {folder.checkpoint('dense')}"
+        )
+    return folder, checkpoint
+
+
+def _run_folder(resume: str | None, runs: str, name: str, time: str) -> str:
+    if resume is not None:
+        return str(resume_point(resume)[0].path)
+    return str(Path(runs) / name / time)
+
+
+def register_resolvers() -> None:
+    """Teach OmegaConf ``${run_folder:resume,runs,name,time}``, used by configs/hydra."""
+    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)

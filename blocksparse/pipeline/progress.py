@@ -1,0 +1,157 @@
+"""A progress bar for a whole training stage, and one line now and then where there is no terminal.
+
+Lightning's own bars count the batches of one epoch. A stage of many short epochs then flickers, and
+says nothing about when it will end.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from blocksparse.pipeline.console import console as shared_console
+
+__all__ = ["StageProgress"]
+
+# Where there is no terminal to redraw, this many lines are printed per stage.
+LINES = 5
+
+
+class StageProgress(ProgressBar):
+    """One bar from the first step of a stage to its last, with the logged figures behind it.
+
+    Whatever is logged with ``prog_bar=True`` is shown; shares (accuracy, sparsity, density) as
+    percentages.
+
+    Parameters
+    ----------
+    console
+        Where to draw; the terminal of the pipeline by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
+        self.console = console or shared_console
+        self.title = "training"
+        self._enabled = True
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._started = 0.0
+        self._next_line = 0.0
+
+    def disable(self) -> None:
+        """Draw nothing, as Lightning asks on all but the first process."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Draw again."""
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print without breaking the bar."""
+        self.console.print(*args, **kwargs)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the bar at the step the stage starts or goes on from."""
+        self._started = time.perf_counter()
+        self._next_line = 0.0
+        if not self._enabled:
+            return
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("{task.description}", style="bold"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[epoch]}"),
+            TextColumn("{task.fields[figures]}", style="cyan"),
+            TimeElapsedColumn(),
+            console=self.console,
+        )
+        self._task = self._progress.add_task(
+            self.title,
+            total=_total_steps(trainer),
+            completed=trainer.global_step,
+            epoch=_epochs(trainer),
+            figures="",
+        )
+        self._progress.start()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Move the bar on."""
+        if self._progress is not None:
+            self._progress.update(
+                self._task,
+                completed=trainer.global_step,
+                epoch=_epochs(trainer),
+                figures=_figures(trainer),
+            )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the figures of the epoch: in the bar, or as a line every so often."""
+        if self._progress is not None:
+            self._progress.update(self._task, figures=_figures(trainer))
+            return
+        done = (trainer.current_epoch + 1) / max(trainer.max_epochs or 1, 1)
+        if not self._enabled or done < self._next_line:
+            return
+        self._next_line = (int(done * LINES) + 1) / LINES if done < 1 else 1.0
+        seconds = time.perf_counter() - self._started
+        self.console.print(
+            f"{self.title}: {_epochs(trainer)}  {_figures(trainer)}  {seconds:.0f} s",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the bar, and leave it on the screen."""
+        self._close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Close the bar, so that the error is readable and the next run can open its own."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _total_steps(trainer: pl.Trainer) -> float | None:
+    """Optimizer steps in the whole stage, or None where there is no end."""
+    total = trainer.estimated_stepping_batches
+    return None if total in (float("inf"), -1) else float(total)
+
+
+def _epochs(trainer: pl.Trainer) -> str:
+    epoch = trainer.current_epoch + 1
+    return f"epoch {epoch}/{trainer.max_epochs}"
+
+
+def _figures(trainer: pl.Trainer) -> str:
+    """Return what was logged for the bar, as ``loss 0.123  sparsity 43.1 %``."""
+    return "  ".join(
+        f"{name.replace('/', ' ')} {_figure(name, value)}"
+        for name, value in trainer.progress_bar_metrics.items()
+        if isinstance(value, (int, float)) and not name.endswith(("_step", "_epoch"))
+    )
+
+
+def _figure(name: str, value: float) -> str:
+    if any(word in name for word in ("acc", "sparsity", "density")):
+        return f"{100 * value:.1f} %"
+    return f"{value:.3g}"

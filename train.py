@@ -1,0 +1,25 @@
+"""Train a network, prune it, export it to one compact file, and measure it.
+
+``python train.py --help`` lists what can be set; ``configs/train.yaml`` is where it starts.
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from blocksparse.pipeline.folders import register_resolvers
+
+register_resolvers()
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg: DictConfig) -> float:
+    """Run one job and return the accuracy of the exported network, 0..1, for sweepers."""
+    from blocksparse.pipeline.job import run_job  # imports torch: `--help` need not wait for it
+
+    return run_job(cfg)
+
+
+if __name__ == "__main__":
+    main()
