@@ -34,7 +34,7 @@ THEIRS: dict[str, set[str]] = {
     "__init__": set(),
     "format": {"numpy", "safetensors"},
     "runtime": {"numpy", "numba", "llvmlite"},
-    "perf": {"numpy", "numba"},
+    "perf": {"numpy", "numba", "llvmlite"},
     "cli": {"numpy", "numba", "rich", "PIL"},
     "sparsity": {"numpy", "torch"},
     "training": TRAINING,
