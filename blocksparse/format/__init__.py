@@ -6,7 +6,10 @@ from blocksparse.format.errors import FormatError
 from blocksparse.format.graph import Graph, Node, ValueSpec
 from blocksparse.format.model import Model, Preprocessing
 from blocksparse.format.ops import ACTIVATIONS, OPS
+from blocksparse.format.reader import read
+from blocksparse.format.validate import check_model
 from blocksparse.format.weights import BsrWeight, DenseWeight, NMWeight, Weight
+from blocksparse.format.writer import write
 
 __all__ = [
     "ACTIVATIONS",
@@ -21,4 +24,7 @@ __all__ = [
     "Preprocessing",
     "ValueSpec",
     "Weight",
+    "check_model",
+    "read",
+    "write",
 ]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+MAX_TEXT = 400
+"""Most characters of a rule or a name that a message shows."""
+
 
 class FormatError(ValueError):
     """A file or model breaks a rule of the format (``docs/format.md``).
@@ -28,12 +31,14 @@ class FormatError(ValueError):
         path: str | os.PathLike[str] | None = None,
         mend: str | None = None,
     ) -> None:
-        self.rule = rule
+        self.rule = rule if len(rule) <= MAX_TEXT else f"{rule[:MAX_TEXT]}..."
         self.tensor = tensor
         self.path = None if path is None else os.fspath(path)
         self.mend = mend
-        where = [part for part in (self.path, tensor) if part is not None]
-        message = ": ".join([*where, rule])
+        # A damaged file may hold any name: show one that fits a line and a terminal.
+        named = tensor is None or (tensor.isprintable() and len(tensor) <= MAX_TEXT)
+        shown = tensor if named else ascii(tensor)[:MAX_TEXT]
+        message = ": ".join(part for part in (self.path, shown, self.rule) if part is not None)
         super().__init__(message if mend is None else f"{message} ({mend})")
 
     def at(self, path: str | os.PathLike[str]) -> FormatError:

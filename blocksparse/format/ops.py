@@ -53,7 +53,7 @@ class Attr:
                 and all(map(self._is_int, value))
             )
         if not good:
-            raise ValueError(f"must be {self}, is {value!r}"[:300])
+            raise ValueError(f"must be {self}, is {value!r}")
 
     def _is_int(self, value: object) -> bool:
         return type(value) is int and self.minimum <= value <= MAX_DIM
@@ -175,7 +175,7 @@ def _mul(attrs: Mapping[str, Any], inputs: Sequence[Shape], weight: Shape | None
 
 def _concat(attrs: Mapping[str, Any], inputs: Sequence[Shape], weight: Shape | None) -> Shape:
     if len({shape[1:] for shape in inputs}) != 1:
-        raise ValueError(f"inputs must agree in all but channels, have {list(inputs)}"[:300])
+        raise ValueError(f"inputs must agree in all but channels, have {list(inputs)}")
     return (sum(shape[0] for shape in inputs), *inputs[0][1:])
 
 
