@@ -1,0 +1,62 @@
+"""Learning from the dense network: knowledge distillation (G. Hinton et al., arXiv:1503.02531)."""
+
+# N batch, K classes.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How much, and how softly, to follow a teacher.
+
+    The loss is (1 - weight) * cross entropy + weight * T^2 * KL(teacher || student), both
+    distributions softened by the temperature T. T^2 keeps the gradients' size the same at every
+    temperature.
+
+    Attributes
+    ----------
+    temperature : float
+        1 follows the teacher's probabilities; above, its small ones count more.
+    weight : float
+        Share of the teacher in the loss, 0..1.
+    """
+
+    temperature: float = 4.0
+    weight: float = 0.7
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(
+                f"distillation.temperature is {self.temperature}; it must be above zero"
+            )
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"distillation.weight is {self.weight}; it is a share, 0..1")
+
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return T^2 * KL(teacher || student), averaged over the batch.
+
+        Parameters
+        ----------
+        student, teacher : tensor [N, K]
+            Logits.
+        """
+        t = self.temperature
+        return (
+            t
+            * t
+            * F.kl_div(
+                F.log_softmax(student / t, dim=1),
+                F.log_softmax(teacher / t, dim=1),
+                reduction="batchmean",
+                log_target=True,
+            )
+        )
+
+    def mix(self, loss: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+        """Mix the loss against the labels with the divergence from the teacher."""
+        return (1 - self.weight) * loss + self.weight * self.divergence(student, teacher)
