@@ -170,11 +170,10 @@ def _runs(model: Model, threads: int | None, seed: int) -> Iterator[Check]:
     yield Check("reference engine", "passed", detail)
 
     allowed = relative_tolerance(model) * largest
-    try:
-        network = load(model, threads=threads, engine="compiled")
-        network.warmup(IMAGES)
-    except (ImportError, NotImplementedError, RuntimeError) as error:
-        yield Check("compiled engine", "skipped", f"does not run here: {error}")
+    network = load(model, threads=threads)
+    if network.engine == "reference":
+        detail = "kernels do not compile on this machine; models run with the reference engine"
+        yield Check("compiled engine", "skipped", detail)
         return
     yield from _compiled_checks(network, images, expected, allowed)
     network.close()
