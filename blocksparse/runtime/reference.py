@@ -58,7 +58,7 @@ def activate(x: Floats, activation: str) -> Floats:
     if activation == "hardsigmoid":
         return np.clip(x + _THREE, 0, 6) / _SIX
     if activation == "silu":
-        return x / (_ONE + np.exp(-x))
+        return np.divide(x, _ONE + np.exp(-x))
     if activation == "hardswish":
         return x * activate(x, "hardsigmoid")
     return x

@@ -49,7 +49,7 @@ def golden_model() -> Model:
         Node("stack", "concat", ("sum", "stem"), {}, (10, 9, 8)),
         Node("norm", "affine", ("stack",), {"activation": "silu"}, (10, 9, 8)),
         Node("body.0", "conv2d", ("norm",), conv("none"), (7, 9, 8)),
-        Node("body.1", "conv2d", ("body.0", "body.0"), conv("relu", dilation=(1, 1)), (7, 9, 8)),
+        Node("body.1", "conv2d", ("body.0", "body.0"), conv("relu", padding=(1, 2), dilation=(1, 2)), (7, 9, 8)),
         Node("max", "max_pool2d", ("body.1",), pool | {"dilation": (1, 1)}, (7, 5, 4)),
         Node("avg", "avg_pool2d", ("body.0",), pool | {"count_include_pad": False}, (7, 5, 4)),
         Node("gate", "adaptive_avg_pool2d", ("avg",), {"output_size": (1, 1)}, (7, 1, 1)),
@@ -73,7 +73,7 @@ def golden_model() -> Model:
             "depthwise": DenseWeight(sparse(5, 1, 3, 3)),
             "body.0": NMWeight.from_dense(two_four, 2, 4),
             "body.1": BsrWeight.from_dense(sparse(7, 7, 3, 3, keep=0.3), (2, 3)),
-            "head": BsrWeight.from_dense(sparse(4, 48, keep=0.4), (8, 1)),
+            "head": BsrWeight.from_dense(8 * sparse(4, 48, keep=0.4), (8, 1)),
         },
         vectors={
             "stem.bias": sparse(5, 1)[:, 0],
@@ -93,6 +93,7 @@ def main() -> None:
     model = golden_model()
     write(FOLDER / "v1.bsr.safetensors", model)
     x = np.random.default_rng(1).standard_normal((3, *model.input_shape)).astype(np.float32)
+    x *= np.float32(3)
     np.savez(FOLDER / "v1.npz", x=x, logits=reference.run(model, x))
 
 
