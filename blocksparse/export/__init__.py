@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from blocksparse.export.convert import export_model
 from blocksparse.export.errors import (
     CaptureError,
     ExportError,
@@ -25,4 +26,5 @@ __all__ = [
     "VerificationError",
     "WeightError",
     "export_file",
+    "export_model",
 ]

@@ -49,13 +49,15 @@ class Verification:
     Attributes
     ----------
     images : int
-        Images whose logits were compared.
+        Images whose logits were compared, those of the validation loader included.
+    same_argmax : int
+        How many of them got the same top class from both.
     max_error : float
         Largest absolute difference between two logits.
     tolerance : float
-        What was allowed, see `blocksparse.export.verify.tolerance`.
+        What was allowed in that batch, see `blocksparse.export.verify.tolerance`.
     max_logit : float
-        Largest absolute logit of the model.
+        Largest absolute logit of the model in that batch.
     engine : str
         Engine of the runtime that ran the file.
     val_images : int
@@ -65,6 +67,7 @@ class Verification:
     """
 
     images: int
+    same_argmax: int
     max_error: float
     tolerance: float
     max_logit: float

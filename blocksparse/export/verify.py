@@ -1,0 +1,179 @@
+"""The proof that the file computes what the model computes.
+
+Legend: N images, L length of a dot product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod, sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from blocksparse.export.errors import VerificationError
+from blocksparse.export.report import Verification
+from blocksparse.format import Model, Node
+from blocksparse.format.reader import read
+from blocksparse.runtime import load
+
+_CHUNK = 32
+
+
+def tolerance(model: Model, max_logit: float) -> float:
+    """Largest difference of two logits that float32 rounding explains.
+
+    A dot product of length L summed in float32, in whatever order, is off by about ``eps * sqrt(L)``
+    relative to the scale of its result: rounding errors walk randomly (Higham, *Accuracy and
+    Stability of Numerical Algorithms*, 2nd ed., section 2.8). Errors of successive layers are
+    independent and reach the logits with a gain of about one relative to the values they are part
+    of, so they add in quadrature, which is a walk as long as all dot products on the path together.
+    Two programs err, and batch norm and residual adds cancel: a factor of 4::
+
+        4 * eps * max_logit * sqrt(max over paths of sum(L))
+
+    with eps = 2**-23, L the length of a convolution's or linear layer's dot products (C/groups * kh
+    * kw, F), the window of an average pool, 2 for other arithmetic and 0 where values only move.
+
+    Parameters
+    ----------
+    model : Model
+    max_logit : float
+        Largest absolute logit.
+
+    Returns
+    -------
+    float
+    """
+    path = {spec.name: 0 for spec in model.graph.inputs}
+    shapes = model.graph.shapes
+    for node in model.graph.nodes:
+        before = max(path[name] for name in node.inputs)
+        path[node.name] = before + _dot_length(model, node, shapes[node.inputs[0]])
+    return 4 * float(np.finfo(np.float32).eps) * max_logit * sqrt(path[model.graph.outputs[0]])
+
+
+def _dot_length(model: Model, node: Node, shape: tuple[int, ...]) -> int:
+    if node.op in ("conv2d", "linear"):
+        return prod(model.weights[node.name].shape[1:])
+    if node.op == "avg_pool2d":
+        return prod(node.attrs["kernel"])
+    if node.op == "adaptive_avg_pool2d":
+        return prod(-(-size // out) for size, out in zip(shape[1:], node.shape[1:], strict=True))
+    return 2 if node.op in ("add", "mul", "affine", "activation") else 0
+
+
+@dataclass
+class _Tally:
+    """What the comparisons gave so far."""
+
+    images: int = 0
+    same_argmax: int = 0
+    max_error: float = 0.0
+    tolerance: float = 0.0
+    max_logit: float = 0.0
+
+
+def verify(
+    path: str | Path,
+    model: Model,
+    network: nn.Module,
+    inputs: torch.Tensor,
+    val_loader: Iterable[Any] | None = None,
+) -> Verification:
+    """Read the file back, run it, and compare it with PyTorch.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+    model : Model
+        What was written into it.
+    network : nn.Module
+        The PyTorch model, float32 on the CPU in evaluation mode.
+    inputs : torch.Tensor
+        Float32 ``[N, C, H, W]``; compared as one batch after the other, and the first image alone.
+    val_loader : iterable of (images, labels), optional
+        Compared as well, and the accuracy of both counted.
+
+    Returns
+    -------
+    Verification
+
+    Raises
+    ------
+    VerificationError
+        The file does not hold what was written, or logits differ by more than `tolerance`.
+    """
+    if read(path) != model:
+        raise VerificationError(f"{path}: what is read from the file is not what was written")
+    runtime = load(path)
+    tally = _Tally()
+
+    def compare(images: torch.Tensor) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        with torch.no_grad():
+            expected = network(images).numpy()
+        got = runtime(np.ascontiguousarray(images.numpy()))
+        _compare(path, model, expected, got, tally)
+        return expected.argmax(1), got.argmax(1)
+
+    for images in [inputs[:1], *_chunks(inputs)]:
+        compare(images)
+    hits = np.zeros(2, np.int64)
+    seen = 0
+    for batch, labels in val_loader or ():
+        for images, truth in zip(_chunks(batch), labels.split(_CHUNK), strict=True):
+            hits += [int((top == truth.numpy()).sum()) for top in compare(images)]
+            seen += len(truth)
+    return Verification(
+        images=tally.images,
+        same_argmax=tally.same_argmax,
+        max_error=tally.max_error,
+        tolerance=tally.tolerance,
+        max_logit=tally.max_logit,
+        engine=runtime.engine,
+        val_images=seen,
+        accuracy_torch=float(hits[0] / seen) if seen else None,
+        accuracy_runtime=float(hits[1] / seen) if seen else None,
+    )
+
+
+def _compare(
+    path: str | Path,
+    model: Model,
+    expected: npt.NDArray[Any],
+    got: npt.NDArray[Any],
+    tally: _Tally,
+) -> None:
+    if not np.isfinite(expected).all():
+        raise VerificationError(
+            f"{path}: the model itself gives NaN or infinity on the inputs used to verify it; "
+            "check the inputs' normalisation and the weights"
+        )
+    if got.shape != expected.shape:
+        raise VerificationError(f"{path}: gives {got.shape}, the model {expected.shape}")
+    max_logit = float(np.abs(expected).max())
+    allowed = tolerance(model, max_logit)
+    error = float(np.abs(got - expected).max())
+    same = int((got.argmax(1) == expected.argmax(1)).sum())
+    # `not <=` so that NaN fails, too.
+    if not error <= allowed:
+        raise VerificationError(
+            f"{path}: logits of {len(got)} images differ from PyTorch's by up to {error:.3g}; "
+            f"rounding explains {allowed:.3g} at a largest logit of {max_logit:.3g}. The top class "
+            f"agrees on {same} of {len(got)}. This is a defect of the export or the runtime, not "
+            "of the model; no file was left"
+        )
+    tally.images += len(got)
+    tally.same_argmax += same
+    if error >= tally.max_error:
+        tally.max_error, tally.tolerance, tally.max_logit = error, allowed, max_logit
+
+
+def _chunks(images: torch.Tensor) -> Iterator[torch.Tensor]:
+    return iter(images.to("cpu", torch.float32).split(_CHUNK))
