@@ -2,77 +2,90 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from blocksparse.format import Model, check_model, read
 from blocksparse.runtime import reference
+from blocksparse.runtime.explain import Explanation, LayerChoice
 
-Engine = Literal["auto", "compiled", "reference"]
+_log = logging.getLogger(__name__)
+
+EngineName = Literal["auto", "compiled", "reference"]
 
 
-@dataclass(frozen=True)
-class LayerChoice:
-    """What runs one node, and why.
+class Engine(Protocol):
+    """What runs a model."""
+
+    def run(self, x: npt.NDArray[np.float32], threads: int) -> npt.NDArray[np.float32]:
+        """Run a batch of at least one image."""
+
+    def choices(self) -> list[LayerChoice]:
+        """Say what runs each node, and why."""
+
+    def close(self) -> None:
+        """Let go of memory and threads."""
+
+
+class ReferenceEngine:
+    """Runs a model in plain NumPy, one thread.
 
     Parameters
     ----------
-    name, op : str
-    shape : tuple of int
-        Shape of the node's value, batch axis excluded.
-    density : float or None
-        Stored over dense size of the weight; None for a node without one.
-    kernel : str
+    model : Model
+        A checked model.
     reason : str
+        Why this engine and not the compiled one.
     """
 
-    name: str
-    op: str
-    shape: tuple[int, ...]
-    density: float | None
-    kernel: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """One row per node of the graph, in execution order; ``str()`` is a table."""
-
-    rows: list[LayerChoice]
+    def __init__(self, model: Model, reason: str) -> None:
+        self.model = model
+        self.reason = reason
 
     def __str__(self) -> str:
-        cells = [("layer", "op", "shape", "density", "kernel", "reason")]
-        for row in self.rows:
-            density = "" if row.density is None else f"{row.density:.3f}"
-            shape = "x".join(map(str, row.shape))
-            cells.append((row.name, row.op, shape, density, row.kernel, row.reason))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = (
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-            for line in cells
-        )
-        return "\n".join(line.rstrip() for line in lines)
+        return f"reference engine: NumPy, {self.reason}"
+
+    def run(self, x: npt.NDArray[np.float32], threads: int) -> npt.NDArray[np.float32]:
+        """Run a batch; `threads` makes no difference here."""
+        return reference.run(self.model, x)
+
+    def choices(self) -> list[LayerChoice]:
+        """Say what runs each node, and why."""
+        rows = []
+        for node in self.model.graph.nodes:
+            weight = self.model.weights.get(node.name)
+            density = None if weight is None else weight.density
+            rows.append(
+                LayerChoice(
+                    node.name, node.op, node.shape, density, f"numpy_{node.op}", self.reason
+                )
+            )
+        return rows
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class Network:
-    """A model that can be called; made by :func:`load`.
+    """A model that can be called, from several Python threads at once if need be; made by :func:`load`.
 
     Parameters
     ----------
     model : Model
         One that was checked.
+    engine : Engine
+        What runs it.
     threads : int
         Threads a call may use.
     """
 
-    engine: Engine = "reference"
-
-    def __init__(self, model: Model, threads: int) -> None:
+    def __init__(self, model: Model, engine: Engine, threads: int) -> None:
         self.model = model
+        self.engine = engine
         self.threads = threads
 
     @property
@@ -119,7 +132,9 @@ class Network:
             raise ValueError(f"input must have shape (N, {wanted}), has {x.shape}")
         if x.dtype != np.float32:
             raise ValueError(f"input must be float32, is {x.dtype}; use x.astype(np.float32)")
-        return reference.run(self.model, x)
+        if len(x) == 0:
+            return np.empty((0, *self.output_shape), np.float32)
+        return self.engine.run(x, self.threads)
 
     def warmup(self, batch: int = 1) -> None:
         """Do now what the first call with `batch` images would do once."""
@@ -127,24 +142,17 @@ class Network:
 
     def explain(self) -> Explanation:
         """Say what runs each node, and why."""
-        rows = []
-        for node in self.model.graph.nodes:
-            weight = self.model.weights.get(node.name)
-            density = None if weight is None else weight.density
-            kernel = f"numpy_{node.op}"
-            rows.append(
-                LayerChoice(node.name, node.op, node.shape, density, kernel, "reference engine")
-            )
-        return Explanation(rows)
+        return Explanation(str(self.engine), self.engine.choices())
 
     def close(self) -> None:
-        """Let go of what the network holds besides its model."""
+        """Let go of memory and helper threads; the next call takes them again."""
+        self.engine.close()
 
 
 def load(
     source: str | os.PathLike[str] | Model,
     threads: int | None = None,
-    engine: Engine = "auto",
+    engine: EngineName = "auto",
 ) -> Network:
     """Make a model callable.
 
@@ -155,7 +163,8 @@ def load(
     threads : int, optional
         Threads a call may use; by default one per processor this process may run on.
     engine : {"auto", "compiled", "reference"}
-        ``"reference"`` is NumPy alone; ``"auto"`` is the fastest there is.
+        ``"compiled"`` is the fast one; ``"reference"`` is NumPy alone; ``"auto"`` is the first of the two that can run
+        here, and says so in the log where that is the second.
 
     Returns
     -------
@@ -168,14 +177,35 @@ def load(
     FileNotFoundError
         Where there is no such file.
     """
-    if engine not in ("auto", "reference"):
-        raise ValueError(f"engine must be 'auto' or 'reference', is {engine!r}")
+    if engine not in ("auto", "compiled", "reference"):
+        raise ValueError(f"engine must be 'auto', 'compiled' or 'reference', is {engine!r}")
     if isinstance(source, Model):
         check_model(source)
         model = source
     else:
         model = read(source)
-    return Network(model, _processors() if threads is None else threads)
+    return Network(model, _engine(model, engine), _processors() if threads is None else threads)
+
+
+def _engine(model: Model, name: EngineName) -> Engine:
+    if name == "reference":
+        return ReferenceEngine(model, "as asked")
+    try:
+        # imported late: a server that asked for the reference engine does not need Numba
+        import numba
+
+        from blocksparse.runtime.compiled import CompiledEngine
+
+        if numba.config.DISABLE_JIT:
+            raise RuntimeError("NUMBA_DISABLE_JIT is set")
+        return CompiledEngine(model)
+    except (ImportError, RuntimeError) as error:
+        if name == "compiled":
+            raise RuntimeError(
+                f"the compiled engine cannot run here: {error}; use engine='reference', which is slow but needs only NumPy"
+            ) from error
+        _log.warning("running in NumPy, slowly: %s", error)
+        return ReferenceEngine(model, f"because the compiled engine cannot run here: {error}")
 
 
 def _processors() -> int:

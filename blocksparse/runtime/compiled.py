@@ -1,0 +1,180 @@
+"""The compiled engine: plans by batch size, memory by call, helper threads."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from blocksparse.format import BsrWeight, Model, NMWeight, Node, Weight
+
+from .explain import LayerChoice
+from .kernels import program, views
+from .kernels.target import Target, describe, host
+from .plan import Plan, bind, kernel_for
+from .steps import Step, Steps, lower
+
+_log = logging.getLogger(__name__)
+
+PLANS = 4
+"""Batch sizes kept ready; the one used longest ago is dropped."""
+
+_CACHE_LINE = 64
+
+
+class _Memory:
+    """What one call writes to: values and counters. Calls at the same time have one each."""
+
+    def __init__(self, plan: Plan) -> None:
+        # zeroed once: lanes beyond an image are computed on, and must not hold signalling garbage
+        raw = np.zeros(plan.floats + _CACHE_LINE // 4, np.float32)
+        skip = -raw.ctypes.data % _CACHE_LINE // 4
+        self.values = raw[skip : skip + plan.floats]
+        counters = plan.counters()
+        skip = -counters.ctypes.data % _CACHE_LINE // 8
+        self.counters = counters[skip : skip + len(plan.records) * program.COUNTER_STRIDE]
+
+
+class _Ready:
+    """A plan with the memories that are not in use."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.free: list[_Memory] = []
+
+
+class CompiledEngine:
+    """Runs a model through the compiled kernels.
+
+    Parameters
+    ----------
+    model : Model
+        A checked model.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.target = host()
+        self.steps: Steps = lower(model, self.target)
+        self._ready: OrderedDict[int, _Ready] = OrderedDict()
+        self._lock = threading.Lock()
+        self._helpers: ThreadPoolExecutor | None = None
+        self._helper_count = 0
+
+    def __str__(self) -> str:
+        return f"compiled engine: {describe(self.target)}"
+
+    def choices(self) -> list[LayerChoice]:
+        """Say what runs each node, and why."""
+        steps: dict[str, list[Step]] = {}
+        for step in self.steps.steps:
+            if step.op not in (views.LOAD, views.STORE):
+                steps.setdefault(step.node.name, []).append(step)
+        rows = []
+        for node in self.model.graph.nodes:
+            weight = self.model.weights.get(node.name)
+            kernel, reason = _choice(node, steps.get(node.name, []), weight, self.target)
+            density = None if weight is None else weight.density
+            rows.append(LayerChoice(node.name, node.op, node.shape, density, kernel, reason))
+        return rows
+
+    def run(self, x: npt.NDArray[np.float32], threads: int) -> npt.NDArray[np.float32]:
+        """Run a batch.
+
+        Parameters
+        ----------
+        x : ndarray of float32, shape (N, C, H, W)
+            N at least 1.
+        threads : int
+            Threads to use, this one included.
+
+        Returns
+        -------
+        ndarray of float32, shape (N, classes)
+        """
+        batch = len(x)
+        ready = self._plan(batch)
+        with self._lock:
+            memory = ready.free.pop() if ready.free else None
+        memory = memory or _Memory(ready.plan)
+        output = np.empty((batch, *self.model.output_shape), np.float32)
+        plan = ready.plan
+        memory.counters[:] = 0
+        arguments = (
+            plan.records, plan.tables, plan.vectors, memory.values, memory.values.ctypes.data,
+            memory.counters.ctypes.data, np.ascontiguousarray(x).reshape(-1), output.reshape(-1), batch,
+        )  # fmt: skip
+        helpers = self._start(threads - 1, arguments)
+        program.run(*arguments)
+        for helper in helpers:
+            # One that has not started is not needed any more; one that has is about to end, and must have left the
+            # counters before they are used again.
+            if not helper.cancel():
+                helper.result()
+        with self._lock:
+            ready.free.append(memory)
+        return output
+
+    def close(self) -> None:
+        """Drop plans and memory, end the helper threads."""
+        with self._lock:
+            self._ready.clear()
+            helpers, self._helpers, self._helper_count = self._helpers, None, 0
+        if helpers is not None:
+            helpers.shutdown()
+
+    def _plan(self, batch: int) -> _Ready:
+        with self._lock:
+            if batch not in self._ready:
+                self._ready[batch] = _Ready(bind(self.model, self.steps, self.target, batch))
+                while len(self._ready) > PLANS:
+                    self._ready.popitem(last=False)
+            self._ready.move_to_end(batch)
+            return self._ready[batch]
+
+    def _start(self, count: int, arguments: tuple) -> list[Future[None]]:
+        if count == 0:
+            return []
+        with self._lock:
+            if self._helper_count < count:
+                # the old pool finishes what it has; its threads end when they are idle
+                if self._helpers is not None:
+                    self._helpers.shutdown(wait=False)
+                self._helpers = ThreadPoolExecutor(count, thread_name_prefix="blocksparse")
+                self._helper_count = count
+            assert self._helpers is not None
+            return [self._helpers.submit(program.run, *arguments) for _ in range(count)]
+
+
+def _choice(
+    node: Node, steps: list[Step], weight: Weight | None, target: Target
+) -> tuple[str, str]:
+    """Name the kernel of a node and say why it was chosen."""
+    if not steps:
+        return "none", "its parts are written in place"
+    copies = sum(step.op == views.COPY for step in steps)
+    product = next((step for step in steps if step.packed is not None), None)
+    if product is None:
+        kind = "copy" if copies == len(steps) else node.op
+        return (
+            f"f32_{kind}",
+            f"{copies} of its parts copied" if node.op == "concat" else "no weight",
+        )
+    name = kernel_for(product, 1).name.rsplit("_", 1)[0]
+    tile = f"{product.packed.rows} output channels at once" if product.packed else ""
+    if isinstance(weight, NMWeight):
+        reason = f"packed {weight.n}:{weight.m}, read as it is"
+    elif isinstance(weight, BsrWeight):
+        r, c = weight.block
+        reason = f"{r}x{c} blocks, {len(weight.indices)} stored, {tile}"
+    else:
+        reason = f"dense, {tile}"
+    if copies:
+        reason += "; input split into phase planes for its stride"
+    if product is not steps[-1]:
+        reason += f"; then {node.attrs['activation']} in place"
+    return f"{name}_{node.attrs['activation']}", reason

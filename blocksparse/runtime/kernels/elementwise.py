@@ -1,0 +1,85 @@
+"""Elementwise operations that could not be fused into a product: sums, gates, per-channel scales, activations."""
+
+from __future__ import annotations
+
+from math import exp
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from .views import (
+    ACTIVATION, ADD, AFFINE, CHUNK, FUNCTION, MUL, MUL_CHANNEL, OTHER, SCALE_AT, SHIFT_AT, SOURCE, TARGET, view,
+    zero_around,
+)  # fmt: skip
+
+NONE, RELU, RELU6, SIGMOID, HARDSIGMOID, SILU, HARDSWISH = range(7)
+
+
+@njit(cache=True, nogil=True)
+def activate(values: Any, kind: int) -> None:
+    """Apply an activation in place; NaN passes."""
+    if kind == RELU:
+        for i in range(values.size):
+            if values[i] < 0:
+                values[i] = 0
+    elif kind == RELU6:
+        for i in range(values.size):
+            if values[i] < 0:
+                values[i] = 0
+            elif values[i] > 6:
+                values[i] = 6
+    elif kind == SIGMOID:
+        for i in range(values.size):
+            values[i] = 1 / (1 + exp(-values[i]))
+    elif kind == SILU:
+        for i in range(values.size):
+            values[i] = values[i] / (1 + exp(-values[i]))
+    elif kind in (HARDSIGMOID, HARDSWISH):
+        for i in range(values.size):
+            gate = values[i] + np.float32(3)
+            if gate < 0:
+                gate = np.float32(0)
+            elif gate > 6:
+                gate = np.float32(6)
+            gate = gate / np.float32(6)
+            values[i] = gate if kind == HARDSIGMOID else values[i] * gate
+
+
+@njit(cache=True, nogil=True)
+def elementwise_item(memory: Any, step: Any, vectors: Any, item: int, batch: int) -> None:
+    """Compute one chunk of channels; source and target may be the same place."""
+    a, b, other = view(step, SOURCE), view(step, TARGET), view(step, OTHER)
+    function = step[FUNCTION]
+    for channel in range(item * step[CHUNK], min(b.channels, (item + 1) * step[CHUNK])):
+        for n in range(batch):
+            for y in range(b.height):
+                at = b.base + channel * b.channel + n * b.image + y * b.row
+                out = memory[at : at + b.width]
+                at = a.base + channel * a.channel + n * a.image + y * a.row
+                left = memory[at : at + b.width]
+                at = other.base + channel * other.channel + n * other.image
+                if function == ADD or function == MUL:
+                    right = memory[at + y * other.row : at + y * other.row + b.width]
+                    if function == ADD:
+                        for x in range(b.width):
+                            out[x] = left[x] + right[x]
+                    else:
+                        for x in range(b.width):
+                            out[x] = left[x] * right[x]
+                elif function == MUL_CHANNEL:
+                    gate = memory[at]
+                    for x in range(b.width):
+                        out[x] = left[x] * gate
+                elif function == AFFINE:
+                    scale, shift = (
+                        vectors[step[SCALE_AT] + channel],
+                        vectors[step[SHIFT_AT] + channel],
+                    )
+                    for x in range(b.width):
+                        out[x] = left[x] * scale + shift
+                else:
+                    for x in range(b.width):
+                        out[x] = left[x]
+                activate(out, step[ACTIVATION])
+        zero_around(memory, b, channel, batch)

@@ -1,0 +1,89 @@
+"""What Numba's loops need and cannot say: call an address, and synchronise through memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+_I32 = ir.IntType(32)
+_I64 = ir.IntType(64)
+
+
+@intrinsic
+def call(typing_context: Any, address: Any, arguments: Any) -> Any:
+    """``call(address, (a, b, ...))``: call a function of 64-bit integers that returns nothing."""
+    signature = types.void(address, arguments)
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        target, packed = values
+        count = len(signature.args[1])
+        kind = ir.FunctionType(ir.VoidType(), [_I64] * count)
+        function = builder.inttoptr(target, kind.as_pointer())
+        builder.call(function, [builder.extract_value(packed, i) for i in range(count)])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def fetch_add(typing_context: Any, address: Any, amount: Any) -> Any:
+    """Add to the 64-bit integer at ``address`` atomically; return what it was."""
+    signature = types.int64(address, amount)
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        pointer = builder.inttoptr(values[0], _I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, values[1], "acq_rel")
+
+    return signature, codegen
+
+
+@intrinsic
+def load_acquire(typing_context: Any, address: Any) -> Any:
+    """Read the 64-bit integer at ``address``, ordered before everything that follows."""
+    signature = types.int64(address)
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        pointer = builder.inttoptr(values[0], _I64.as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return signature, codegen
+
+
+@intrinsic
+def pause(typing_context: Any) -> Any:
+    """Tell the processor that this is a waiting loop; does nothing where there is no such instruction."""
+    signature = types.void()
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        machine = platform.machine().lower()
+        if machine in ("x86_64", "amd64"):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(_declare(builder.module, "llvm.x86.sse2.pause", kind), [])
+        elif machine in ("aarch64", "arm64"):
+            kind = ir.FunctionType(ir.VoidType(), [_I32])
+            builder.call(_declare(builder.module, "llvm.aarch64.hint", kind), [_I32(1)])  # YIELD
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def give_way(typing_context: Any) -> Any:
+    """Let the operating system run another thread on this core, where it has a call for that."""
+    signature = types.void()
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        if os.name == "posix":
+            builder.call(_declare(builder.module, "sched_yield", ir.FunctionType(_I32, [])), [])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _declare(module: Any, name: str, kind: ir.FunctionType) -> Any:
+    return module.globals.get(name) or ir.Function(module, kind, name=name)

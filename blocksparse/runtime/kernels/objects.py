@@ -1,0 +1,111 @@
+"""Compiled micro-kernels: built once for a machine, kept on disk, loaded in milliseconds.
+
+Numba's own cache cannot keep code that is written at run time, so the micro-kernels are LLVM modules of their own with
+an object cache on disk. The key covers the code, the processor and the library versions, so a stale object is never
+loaded; a damaged one is compiled again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import llvmlite
+import llvmlite.binding as llvm
+
+from .microkernels import Kernel, write
+from .target import Target, describe, host
+
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+_addresses: dict[tuple[Kernel, Target], int] = {}
+_engines: list[llvm.ExecutionEngine] = []  # the code lives as long as its engine
+
+
+def cache_folder() -> Path:
+    """Return the folder that keeps compiled kernels; ``BLOCKSPARSE_CACHE`` overrides the platform's usual place."""
+    if custom := os.environ.get("BLOCKSPARSE_CACHE"):
+        return Path(custom)
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return base / "blocksparse"
+
+
+def address(kernel: Kernel, target: Target | None = None) -> int:
+    """Return the address of a compiled micro-kernel, compiling it where no cached object fits.
+
+    Parameters
+    ----------
+    kernel : Kernel
+        Which micro-kernel.
+    target : Target, optional
+        What to compile for; the host by default, and nothing else can be run.
+
+    Returns
+    -------
+    int
+        Address of the function.
+    """
+    target = target or host()
+    with _lock:
+        if (kernel, target) not in _addresses:
+            _addresses[kernel, target] = _compile(kernel, target)
+        return _addresses[kernel, target]
+
+
+def target_machine(target: Target) -> llvm.TargetMachine:
+    """Return LLVM's code generator for a target, at full optimisation."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.Target.from_triple(target.triple).create_target_machine(
+        cpu=target.cpu, features=target.features, opt=3, reloc="pic", jit=True
+    )
+
+
+def _compile(kernel: Kernel, target: Target) -> int:
+    text = write(kernel, target)
+    parts = (text, target.triple, target.cpu, target.features, llvmlite.__version__)
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    path = cache_folder() / f"{kernel.name}-{digest}.o"
+    module = llvm.parse_assembly(text)
+    module.verify()
+    machine = target_machine(target)
+    engine = llvm.create_mcjit_compiler(module, machine)
+
+    def keep(_: llvm.ModuleRef, code: bytes) -> None:
+        _log.info("compiled %s for %s (once on this machine)", kernel.name, describe(target))
+        _save(path, code)
+
+    engine.set_object_cache(keep, lambda _: _read(path))
+    engine.finalize_object()
+    _engines.append(engine)
+    return int(engine.get_function_address(kernel.name))
+
+
+def _save(path: Path, code: bytes) -> None:
+    """Keep an object with its checksum; a cache that cannot be written costs time, never correctness."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(file.name, path)
+    except OSError as error:
+        _log.warning("compiled kernels are not kept: cannot write %s (%s)", path.parent, error)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = content[:32], content[32:]
+    return code if hashlib.sha256(code).digest() == digest else None

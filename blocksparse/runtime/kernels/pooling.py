@@ -1,0 +1,111 @@
+"""Pools: maximum and average over windows, and averages over an adaptive grid.
+
+Windows are separable: rows are combined first, along contiguous pixels where the loop vectorises, then columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from .views import (
+    CHUNK, COUNT_PAD, DILATION_H, DILATION_W, KERNEL_H, KERNEL_W, KIND, MAX_POOL, PAD_H, PAD_W, SOURCE,
+    STRIDE_H, STRIDE_W, TARGET, view, zero_around,
+)  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def pool_item(memory: Any, step: Any, item: int, batch: int) -> None:
+    """Pool one chunk of channels."""
+    a, b = view(step, SOURCE), view(step, TARGET)
+    kind, pad_w = step[KIND], step[PAD_W]
+    kernel_h, kernel_w, stride_w = step[KERNEL_H], step[KERNEL_W], step[STRIDE_W]
+    reach = (b.width - 1) * stride_w + (kernel_w - 1) * step[DILATION_W] + 1
+    line = np.empty(max(reach, pad_w + a.width), np.float32)
+    empty = np.float32(-np.inf) if kind == MAX_POOL else np.float32(0)
+    line[:] = empty
+    pixels = line[pad_w : pad_w + a.width]
+    for channel in range(item * step[CHUNK], min(b.channels, (item + 1) * step[CHUNK])):
+        for n in range(batch):
+            source = a.base + channel * a.channel + n * a.image
+            target = b.base + channel * b.channel + n * b.image
+            for y in range(b.height):
+                top = y * step[STRIDE_H] - step[PAD_H]
+                pixels[:] = empty
+                for i in range(kernel_h):
+                    from_y = top + i * step[DILATION_H]
+                    if 0 <= from_y < a.height:
+                        row = memory[source + from_y * a.row : source + from_y * a.row + a.width]
+                        if kind == MAX_POOL:
+                            for x in range(a.width):
+                                # a NaN wins, as in PyTorch
+                                if row[x] > pixels[x] or row[x] != row[x]:
+                                    pixels[x] = row[x]
+                        else:
+                            for x in range(a.width):
+                                pixels[x] += row[x]
+                out = memory[target + y * b.row : target + y * b.row + b.width]
+                if kind == MAX_POOL:
+                    _max_columns(line, out, kernel_w, stride_w, step[DILATION_W])
+                else:
+                    # rows and columns of the window, cut at the padded image, or at the image itself
+                    bottom = top + kernel_h
+                    if step[COUNT_PAD]:
+                        rows = min(bottom, a.height + step[PAD_H]) - top
+                    else:
+                        rows = min(bottom, a.height) - max(top, 0)
+                    for x in range(b.width):
+                        left = x * stride_w - pad_w
+                        right = left + kernel_w
+                        if step[COUNT_PAD]:
+                            columns = min(right, a.width + pad_w) - left
+                        else:
+                            columns = min(right, a.width) - max(left, 0)
+                        total = np.float32(0)
+                        for j in range(kernel_w):
+                            total += line[x * stride_w + j]
+                        out[x] = total / np.float32(rows * columns)
+        zero_around(memory, b, channel, batch)
+
+
+@njit(cache=True, nogil=True)
+def _max_columns(line: Any, out: Any, kernel: int, stride: int, dilation: int) -> None:
+    if kernel == 3 and stride == 2 and dilation == 1:
+        # the usual case, written out: constant bounds let LLVM keep everything in registers
+        for x in range(out.size):
+            best = line[2 * x]
+            for j in range(1, 3):
+                value = line[2 * x + j]
+                if value > best or value != value:
+                    best = value
+            out[x] = best
+        return
+    for x in range(out.size):
+        best = line[x * stride]
+        for j in range(1, kernel):
+            value = line[x * stride + j * dilation]
+            if value > best or value != value:
+                best = value
+        out[x] = best
+
+
+@njit(cache=True, nogil=True)
+def adaptive_pool_item(memory: Any, step: Any, item: int, batch: int) -> None:
+    """Average one chunk of channels over PyTorch's adaptive windows: floor(i*H/h) to ceil((i+1)*H/h)."""
+    a, b = view(step, SOURCE), view(step, TARGET)
+    for channel in range(item * step[CHUNK], min(b.channels, (item + 1) * step[CHUNK])):
+        for n in range(batch):
+            source = a.base + channel * a.channel + n * a.image
+            target = b.base + channel * b.channel + n * b.image
+            for y in range(b.height):
+                top, bottom = y * a.height // b.height, -(-(y + 1) * a.height // b.height)
+                for x in range(b.width):
+                    left, right = x * a.width // b.width, -(-(x + 1) * a.width // b.width)
+                    total = 0.0  # double: a sum over a whole plane
+                    for i in range(top, bottom):
+                        for j in range(left, right):
+                            total += memory[source + i * a.row + j]
+                    memory[target + y * b.row + x] = total / ((bottom - top) * (right - left))
+        zero_around(memory, b, channel, batch)

@@ -1,0 +1,105 @@
+"""A whole network in one compiled call.
+
+Every thread walks the same list of steps and takes work items from a shared counter until a step has none left, then
+waits for the items that others are still computing. Nobody waits for a thread to arrive: a helper that the operating
+system starts late, or never, only leaves more items to the others. An item always computes the same outputs in the same
+order, so results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from .convolution import conv_item
+from .copying import copy_item
+from .elementwise import elementwise_item
+from .intrinsics import fetch_add, give_way, load_acquire, pause
+from .linear import linear_item
+from .pooling import adaptive_pool_item, pool_item
+from .views import (
+    ADAPTIVE_POOL,
+    CONV,
+    CONV_NM,
+    COPY,
+    ELEMENTWISE,
+    ITEMS,
+    LINEAR,
+    LINEAR_NM,
+    LOAD,
+    OP,
+    POOL,
+    STORE,
+)
+
+COUNTER_STRIDE = 16
+"""int64 counters from one step to the next; taken and finished items lie on cache lines of their own."""
+
+PATIENCE = 2000
+"""Rounds of the waiting loop, tens of microseconds, before the core is offered to others."""
+
+
+@njit(cache=True, nogil=True)
+def run(
+    program: Any, tables: Any, vectors: Any, memory: Any, memory_at: int, counters_at: int, x: Any, y: Any, batch: int,
+) -> None:  # fmt: skip
+    """Run a program, or help to.
+
+    Parameters
+    ----------
+    program : ndarray of int64, shape (steps, views.FIELDS)
+        The steps.
+    tables : ndarray of int64, 1-D
+        Row tiles, part boundaries, phase shifts.
+    vectors : ndarray of float32, 1-D
+        Scales and shifts.
+    memory : ndarray of float32, 1-D
+        Where all values lie; ``memory_at`` is its address.
+    counters_at : int
+        Address of ``steps * COUNTER_STRIDE`` zeroed int64.
+    x, y : ndarray of float32, 1-D
+        Input and output, contiguous.
+    batch : int
+        Images.
+    """
+    for s in range(program.shape[0]):
+        step = program[s]
+        items = step[ITEMS]
+        taken = counters_at + 8 * COUNTER_STRIDE * s
+        finished = taken + 64
+        while True:
+            item = fetch_add(taken, 1)
+            if item >= items:
+                break
+            _run_item(step, tables, vectors, memory, memory_at, x, y, item, batch)
+            fetch_add(finished, 1)
+        spins = 0
+        while load_acquire(finished) < items:
+            pause()
+            spins += 1
+            if spins % PATIENCE == 0:  # the thread we wait for may want this very core
+                give_way()
+
+
+@njit(cache=True, nogil=True)
+def _run_item(
+    step: Any, tables: Any, vectors: Any, memory: Any, memory_at: int, x: Any, y: Any, item: int, batch: int,
+) -> None:  # fmt: skip
+    op = step[OP]
+    if op == CONV or op == CONV_NM:
+        conv_item(memory, memory_at, step, tables, item, batch)
+    elif op == LINEAR or op == LINEAR_NM:
+        linear_item(memory_at, step, tables, item, batch)
+    elif op == POOL:
+        pool_item(memory, step, item, batch)
+    elif op == ADAPTIVE_POOL:
+        adaptive_pool_item(memory, step, item, batch)
+    elif op == ELEMENTWISE:
+        elementwise_item(memory, step, vectors, item, batch)
+    elif op == COPY:
+        copy_item(memory, memory, step, tables, item, batch)
+    elif op == LOAD:
+        copy_item(x, memory, step, tables, item, batch)
+    elif op == STORE:
+        copy_item(memory, y, step, tables, item, batch)

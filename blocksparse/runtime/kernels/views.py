@@ -1,0 +1,89 @@
+"""The records of a program, and the shapes its loops work on.
+
+A program is an int64 table, one row per step. This module is the one place that knows what stands in which column.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from numba import njit
+
+# What runs
+LOAD, STORE, COPY, CONV, CONV_NM, LINEAR, LINEAR_NM, POOL, ADAPTIVE_POOL, ELEMENTWISE = range(10)
+
+# Columns shared by all steps
+OP, ITEMS, CHUNK = 0, 1, 2  # CHUNK: channels of one work item
+SOURCE, TARGET, OTHER = (
+    32,
+    40,
+    48,
+)  # layouts, 8 columns each; OTHER is the residual or second operand (base -1: none)
+FIELDS = 56
+
+# Copies: input coordinate = output coordinate * scale + shift; PLANES > 1 for phase planes
+SCALE, SHIFT = 3, 6  # channel, row, column each
+PLANES, PLANE_SHIFTS = 9, 10  # PLANE_SHIFTS: place of (row, column) shifts in the tables
+
+# Convolutions and linear layers
+KERNELS = 3  # addresses, by width 1, 2, 3 (CONV), 1, 2, 4, 8 (CONV_NM), 1, 2, 4 (LINEAR)
+VECTORS, PANEL = 7, 8  # vectors of a channel, and of one panel
+TILES, PARTS = 9, 10  # place of the row tiles and of the part boundaries in the tables
+PARTS_COUNT, PANELS_COUNT = 11, 12
+BIAS, BOUNDS, MASK, LANES = 13, 14, 15, 16
+COUNT, NM_N, NM_BITS, OFFSETS, NM_VALUES, NM_INDICES, NM_ROW_BYTES = 17, 18, 19, 20, 21, 22, 23
+
+# A row tile in the tables
+TILE_FIRST, TILE_ROWS, TILE_VALUES, TILE_OFFSETS, TILE_COUNT, TILE_INDICES = range(6)
+TILE_FIELDS = 6
+
+# Pools
+KIND, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, COUNT_PAD = (
+    range(3, 13)
+)
+MAX_POOL, AVG_POOL = 0, 1
+
+# Elementwise
+FUNCTION, ACTIVATION, SCALE_AT, SHIFT_AT = 3, 4, 5, 6  # places of scale and shift in the vectors
+ADD, MUL, MUL_CHANNEL, AFFINE, ACTIVATE = range(5)
+
+
+class View(NamedTuple):
+    """Where a value lies; see `blocksparse.runtime.layout.Layout`."""
+
+    base: int
+    channel: int
+    image: int
+    row: int
+    channels: int
+    height: int
+    width: int
+    margin: int
+
+
+@njit(cache=True, nogil=True)
+def view(step: Any, at: int) -> View:
+    """Read a layout from a step's record."""
+    return View(
+        step[at], step[at + 1], step[at + 2], step[at + 3],
+        step[at + 4], step[at + 5], step[at + 6], step[at + 7],
+    )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def zero_around(memory: Any, to: View, channel: int, batch: int) -> None:
+    """Zero everything around the pixels of one channel that a convolution could read as padding."""
+    if to.margin < 0:
+        return
+    start = to.base + channel * to.channel
+    memory[start - to.margin : start] = 0
+    for n in range(batch):
+        image = start + n * to.image
+        last = n == batch - 1
+        for y in range(to.height):
+            if not (last and y == to.height - 1):
+                memory[image + y * to.row + to.width : image + (y + 1) * to.row] = 0
+        if not last:
+            memory[image + to.height * to.row : image + to.image] = 0
+    end = start + (batch - 1) * to.image + (to.height - 1) * to.row + to.width
+    memory[end : end + to.margin] = 0

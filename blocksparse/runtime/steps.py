@@ -1,0 +1,261 @@
+"""From graph to steps: what is computed in which order, before any batch size is known.
+
+Most nodes become one step. A strided convolution becomes two: its input is first copied into phase planes, on which it
+is a convolution of stride 1. Concatenation becomes nothing: its parts are written in place, unless a part already lies
+elsewhere; then that part is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from blocksparse.format import Model, Node, NMWeight
+
+from . import layout
+from .kernels import views
+from .kernels.target import Target
+from .prepack import Packed, pack
+
+FUSED = ("none", "relu", "relu6")
+"""Activations that the products apply on the way out; others run as a step of their own, in place."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of the network.
+
+    Parameters
+    ----------
+    op : int
+        A step kind of `kernels.views`.
+    node : Node
+        The node it belongs to.
+    source, target : str
+        Names of the values read and written.
+    other : str or None
+        Second operand, or the residual.
+    packed : Packed or None
+        Prepared weight of a product.
+    details : dict
+        What else the step needs, by kind.
+    """
+
+    op: int
+    node: Node
+    source: str
+    target: str
+    other: str | None = None
+    packed: Packed | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value lives: channels of a memory block, named by the value that owns it."""
+
+    owner: str
+    channel: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """A network as steps.
+
+    Parameters
+    ----------
+    steps : list of Step
+        In order.
+    shapes : dict
+        Shape (C, H, W) or (F,) of every value, phase planes included.
+    frames : dict
+        Frame of every feature map.
+    places : dict
+        Place of every value.
+    """
+
+    steps: list[Step]
+    shapes: dict[str, tuple[int, ...]]
+    frames: dict[str, layout.Frame]
+    places: dict[str, Place]
+
+
+def lower(model: Model, target: Target) -> Steps:
+    """Turn a model into steps.
+
+    Parameters
+    ----------
+    model : Model
+        As read from the file.
+    target : Target
+        What weights are prepared for.
+    """
+    return _Lowering(model, target).run()
+
+
+def kernel_size(model: Model, node: Node) -> tuple[int, int]:
+    """Kernel height and width of a convolution."""
+    height, width = model.weights[node.name].shape[2:]
+    return height, width
+
+
+class _Lowering:
+    def __init__(self, model: Model, target: Target) -> None:
+        self.model = model
+        self.target = target
+        graph = model.graph
+        self.shapes = dict(graph.shapes)
+        for node in graph.nodes:
+            if node.op == "conv2d" and layout.is_strided(node):
+                self.shapes[layout.phases_name(node)] = layout.phases_shape(
+                    node, kernel_size(model, node), self.shapes[node.inputs[0]]
+                )
+        self.frames = layout.frames(graph, self.shapes)
+        self.places = {name: Place(name) for name in self.shapes}
+        self.copied: dict[str, list[tuple[str, int]]] = {}  # concatenation -> parts to copy
+        self.steps: list[Step] = []
+        for node in graph.nodes:
+            if node.op == "concat":
+                self._place_parts(node)
+
+    def run(self) -> Steps:
+        graph = self.model.graph
+        source = graph.inputs[0].name
+        if graph.nodes:
+            self._emit(views.LOAD, graph.nodes[0], source, source, scale=(1, 1, 1), shift=(0, 0, 0))
+        for node in graph.nodes:
+            _HANDLERS[node.op](self, node)
+        output = graph.outputs[0]
+        last = next(node for node in graph.nodes if node.name == output)
+        self._emit(views.STORE, last, output, output, scale=(1, 1, 1), shift=(0, 0, 0))
+        return Steps(self.steps, self.shapes, self.frames, self.places)
+
+    def _emit(
+        self, op: int, node: Node, source: str, target: str, other: str | None = None, packed: Packed | None = None,
+        **details: Any,
+    ) -> None:  # fmt: skip
+        self.steps.append(Step(op, node, source, target, other, packed, details))
+
+    def _place_parts(self, node: Node) -> None:
+        channel = 0
+        used: set[str] = set()
+        for name in node.inputs:
+            own = self.places[name] == Place(name)
+            is_input = name == self.model.graph.inputs[0].name
+            if own and name not in used and not is_input:
+                self._move(name, node.name, channel)
+            else:
+                self.copied.setdefault(node.name, []).append((name, channel))
+            used.add(name)
+            channel += self.shapes[name][0]
+
+    def _move(self, name: str, owner: str, channel: int) -> None:
+        """Let a value, and the parts already placed in it, live in a concatenation."""
+        for other, place in self.places.items():
+            if place.owner == name:
+                self.places[other] = Place(owner, channel + place.channel)
+
+    def _product(self, op: int, node: Node, source: str, other: str | None, groups: int) -> None:
+        weight = self.model.weights[node.name]
+        if isinstance(weight, NMWeight):
+            op = {views.CONV: views.CONV_NM, views.LINEAR: views.LINEAR_NM}[op]
+        packed = pack(weight, groups, self.target)
+        activation = node.attrs["activation"]
+        fused = activation if activation in FUSED else "none"
+        self._emit(op, node, source, node.name, other, packed, activation=fused)
+        if fused != activation:
+            self._elementwise(node, views.ACTIVATE, node.name, None, activation)
+
+    def _conv2d(self, node: Node) -> None:
+        source = node.inputs[0]
+        if layout.is_strided(node):
+            planes = layout.phases(node, kernel_size(self.model, node))
+            self._emit(
+                views.COPY, node, source, layout.phases_name(node),
+                scale=(1, *node.attrs["stride"]), shift=(0, *(-p for p in node.attrs["padding"])),
+                planes=planes,
+            )  # fmt: skip
+            source = layout.phases_name(node)
+        other = node.inputs[1] if len(node.inputs) > 1 else None
+        self._product(views.CONV, node, source, other, node.attrs["groups"])
+
+    def _linear(self, node: Node) -> None:
+        self._product(views.LINEAR, node, node.inputs[0], None, 1)
+
+    def _elementwise(
+        self, node: Node, function: int, source: str, other: str | None, activation: str
+    ) -> None:
+        self._emit(
+            views.ELEMENTWISE,
+            node,
+            source,
+            node.name,
+            other,
+            function=function,
+            activation=activation,
+        )
+
+    def _add(self, node: Node) -> None:
+        self._elementwise(node, views.ADD, *node.inputs, node.attrs["activation"])
+
+    def _mul(self, node: Node) -> None:
+        a, b = node.inputs
+        same = self.shapes[a] == self.shapes[b]
+        self._elementwise(node, views.MUL if same else views.MUL_CHANNEL, a, b, "none")
+
+    def _activation(self, node: Node) -> None:
+        self._elementwise(node, views.ACTIVATE, node.inputs[0], None, node.attrs["activation"])
+
+    def _affine(self, node: Node) -> None:
+        self._elementwise(node, views.AFFINE, node.inputs[0], None, node.attrs["activation"])
+
+    def _concat(self, node: Node) -> None:
+        for name, channel in self.copied.get(node.name, []):
+            part = f"{node.name}[{channel}]"
+            self.shapes[part] = self.shapes[name]
+            self.frames[part] = self.frames[node.name]
+            place = self.places[node.name]
+            self.places[part] = Place(place.owner, place.channel + channel)
+            self._emit(views.COPY, node, name, part, scale=(1, 1, 1), shift=(0, 0, 0))
+
+    def _slice(self, node: Node) -> None:
+        attrs = node.attrs
+        self._emit(
+            views.COPY, node, node.inputs[0], node.name, scale=attrs["step"], shift=attrs["start"]
+        )
+
+    def _pad(self, node: Node) -> None:
+        shift = tuple(-before for before in node.attrs["before"])
+        self._emit(views.COPY, node, node.inputs[0], node.name, scale=(1, 1, 1), shift=shift)
+
+    def _flatten(self, node: Node) -> None:
+        self._emit(
+            views.COPY, node, node.inputs[0], node.name, scale=(1, 1, 1), shift=(0, 0, 0), flat=True
+        )
+
+    def _max_pool2d(self, node: Node) -> None:
+        self._emit(views.POOL, node, node.inputs[0], node.name, kind=views.MAX_POOL)
+
+    def _avg_pool2d(self, node: Node) -> None:
+        self._emit(views.POOL, node, node.inputs[0], node.name, kind=views.AVG_POOL)
+
+    def _adaptive_avg_pool2d(self, node: Node) -> None:
+        self._emit(views.ADAPTIVE_POOL, node, node.inputs[0], node.name)
+
+
+_HANDLERS: dict[str, Callable[[_Lowering, Node], None]] = {
+    "conv2d": _Lowering._conv2d,
+    "linear": _Lowering._linear,
+    "max_pool2d": _Lowering._max_pool2d,
+    "avg_pool2d": _Lowering._avg_pool2d,
+    "adaptive_avg_pool2d": _Lowering._adaptive_avg_pool2d,
+    "add": _Lowering._add,
+    "mul": _Lowering._mul,
+    "concat": _Lowering._concat,
+    "activation": _Lowering._activation,
+    "affine": _Lowering._affine,
+    "flatten": _Lowering._flatten,
+    "slice": _Lowering._slice,
+    "pad": _Lowering._pad,
+}
