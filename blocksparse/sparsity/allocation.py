@@ -1,0 +1,190 @@
+"""Allocation: how the target is shared out among the layers.
+
+Targets are sparsities of the layers that are pruned. A layer whose floors allow less than its share
+takes what they allow, and the others make up for it. If all of them together cannot, that is an
+error before training starts.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from blocksparse.sparsity.layers import check_globs, matches_any
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that may be pruned.
+
+    Parameters
+    ----------
+    name : str
+        Its module name.
+    full : int
+        Weights that go if all its units go.
+    most : int
+        Weights that may go under the floors.
+    """
+
+    name: str
+    full: int
+    most: int
+
+
+class Unreachable(ValueError):
+    """The floors leave fewer weights to prune than the target asks for."""
+
+
+class Allocation(ABC):
+    """A rule that shares a target out."""
+
+    @abstractmethod
+    def zeros(self, layers: Sequence[Candidate], target: float, limit: float) -> list[int | None]:
+        """Return per layer how many weights must go, 0 for a layer that stays dense.
+
+        Parameters
+        ----------
+        layers : sequence of Candidate
+            All that may be pruned.
+        target : float
+            The sparsity wanted, 0..1.
+        limit : float
+            The sparsity the pattern gives when every unit goes: 1, or 1 - n/m. A target counts as a
+            fraction of it, because ragged N:M groups give less.
+
+        Returns
+        -------
+        list of int or None
+            None where the weights decide, at every update, among all layers that have None.
+
+        Raises
+        ------
+        Unreachable
+            If the pattern or the floors do not leave enough.
+        """
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """Every layer the same sparsity. What is best for latency, and the default."""
+
+    def zeros(self, layers: Sequence[Candidate], target: float, limit: float) -> list[int | None]:
+        """Return the weights that must go per layer; see `Allocation.zeros`."""
+        share = share_of(target, limit)
+        wanted = _check_room(layers, share)
+        result = {layer.name: layer.most for layer in layers}
+        level, rest = share, list(layers)
+        while rest:
+            capped = [layer for layer in rest if weights_for(level, layer.full) > layer.most]
+            if not capped:
+                break
+            rest = [layer for layer in rest if layer not in capped]
+            taken = sum(layer.most for layer in layers if layer not in rest)
+            level = (wanted - taken) / max(sum(layer.full for layer in rest), 1)
+        result |= {layer.name: weights_for(level, layer.full) for layer in rest}
+        return [result[layer.name] for layer in layers]
+
+
+@dataclass(frozen=True)
+class Global(Allocation):
+    """The least important units of the whole network go, wherever they are.
+
+    To compare layers, a unit's score is divided by the score of all nonzero weights of its layer:
+    the scale of a layer's weights says nothing about it, as the batch norm that follows undoes it.
+    """
+
+    def zeros(self, layers: Sequence[Candidate], target: float, limit: float) -> list[int | None]:
+        """Return None for every layer; see `Allocation.zeros`."""
+        wanted = _check_room(layers, share_of(target, limit))
+        return [None] * len(layers) if wanted else [0] * len(layers)
+
+
+@dataclass(frozen=True)
+class Targets(Allocation):
+    """Sparsities by name; layers that no name matches share the general target uniformly.
+
+    Parameters
+    ----------
+    targets : sequence of (str, float)
+        Pairs of a glob over layer names and a sparsity. Where several match, the last one counts.
+        Sparsity 0 leaves a layer dense. What is given here is kept to: if a layer's floors do not
+        allow it, that is an error.
+    """
+
+    targets: Sequence[tuple[str, float]] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        pairs = []
+        for entry in self.targets:
+            if isinstance(entry, str) or len(entry) != 2:
+                raise ValueError(f"targets: {entry!r} is not a pair of layer glob and sparsity")
+            glob, sparsity = str(entry[0]), float(entry[1])
+            if not 0.0 <= sparsity <= 1.0:
+                raise ValueError(f"targets: {glob!r} asks for sparsity {sparsity}, not in 0..1")
+            pairs.append((glob, sparsity))
+        object.__setattr__(self, "targets", tuple(pairs))
+
+    def sparsity_of(self, name: str) -> float | None:
+        """Return the sparsity of the last pair that matches ``name``, None if none does."""
+        found = [sparsity for glob, sparsity in self.targets if matches_any(name, [glob])]
+        return found[-1] if found else None
+
+    def zeros(self, layers: Sequence[Candidate], target: float, limit: float) -> list[int | None]:
+        """Return the weights that must go per layer; see `Allocation.zeros`."""
+        check_globs("targets", [glob for glob, _ in self.targets], [x.name for x in layers])
+        own = {layer.name: self.sparsity_of(layer.name) for layer in layers}
+        others = [layer for layer in layers if own[layer.name] is None]
+        general = Uniform().zeros(others, target, limit)
+        result = dict(zip((layer.name for layer in others), general, strict=True))
+        for layer in layers:
+            sparsity = own[layer.name]
+            if sparsity is None:
+                continue
+            wanted = weights_for(share_of(sparsity, limit), layer.full)
+            if wanted > layer.most:
+                raise Unreachable(
+                    f"{layer.name}: targets ask for sparsity {sparsity:g}, and the floors allow at "
+                    f"most {layer.most} of the {layer.full} weights that could go"
+                )
+            result[layer.name] = wanted
+        return [result[layer.name] for layer in layers]
+
+
+def weights_for(share: float, full: int) -> int:
+    """Return the smallest whole number of weights that is at least ``share`` of ``full``."""
+    return math.ceil(round(share * full, 6))
+
+
+def share_of(sparsity: float, limit: float) -> float:
+    """Return ``sparsity`` as a fraction of ``limit``.
+
+    Raises
+    ------
+    Unreachable
+        If it is more than the pattern can give.
+    """
+    if sparsity > limit + 1e-9:
+        raise Unreachable(
+            f"sparsity {sparsity:g} is more than the pattern can give: at most {limit:g}"
+        )
+    return min(sparsity / limit, 1.0)
+
+
+def _check_room(layers: Sequence[Candidate], share: float) -> int:
+    """Return the weights that ``share`` of all layers asks for, if the floors leave as many."""
+    full = sum(layer.full for layer in layers)
+    most = sum(layer.most for layer in layers)
+    wanted = weights_for(share, full)
+    if wanted > most:
+        tight = [layer for layer in layers if weights_for(share, layer.full) > layer.most]
+        tight.sort(key=lambda layer: weights_for(share, layer.full) - layer.most, reverse=True)
+        named = ", ".join(f"{layer.name} {layer.most / layer.full:.3f}" for layer in tight[:5])
+        more = f" and {len(tight) - 5} more" if len(tight) > 5 else ""
+        raise Unreachable(
+            f"the floors allow at most {most} of {full} weights to go, a share of "
+            f"{most / full:.4f}, and {share:.4f} is asked for. Tightest are: {named}{more}"
+        )
+    return wanted
