@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from blocksparse.format import OPS
+from blocksparse.runtime.kernels import microkernels
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "blocksparse"
 PARTS_WITHOUT_TORCH = ("format", "runtime", "perf", "cli", "report", "__init__")
@@ -36,7 +39,7 @@ THEIRS: dict[str, set[str]] = {
     "runtime": {"numpy", "numba", "llvmlite"},
     "perf": {"numpy", "numba", "llvmlite"},
     "cli": {"numpy", "numba", "rich", "PIL"},
-    "sparsity": {"numpy", "torch"},
+    "sparsity": {"numpy", "torch", "rich"},
     "training": TRAINING,
     "export": {"numpy", "torch"},
     "report": {"rich"},
@@ -230,9 +233,23 @@ def test_annotations_are_postponed_everywhere():
     missing = [
         label(path)
         for path in python_files("blocksparse", "tests", "benchmarks")
-        if parse(path).body and "from __future__ import annotations" not in path.read_text("utf-8")
+        if any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in ast.walk(parse(path)))
+        and "from __future__ import annotations" not in path.read_text("utf-8")
     ]
     assert not missing
+
+
+def test_every_product_has_a_slow_twin():
+    """Operations and weight layouts that kernels compute have their definition in naive.py."""
+    naive = {node.name for node in parse(ROOT / "tests" / "naive.py").body if hasattr(node, "name")}
+    path = PACKAGE / "runtime" / "reference.py"
+    fast = {node.name for node in parse(path).body if isinstance(node, ast.FunctionDef)}
+    assert fast & set(OPS), "the reference engine has a function of the name of each operation"
+    assert fast & set(OPS) <= naive
+    for kernel in microkernels._WRITERS:  # pattern_product, such as nm_conv
+        pattern, product = kernel.split("_")
+        assert {"conv": "conv2d"}.get(product, product) in naive
+        assert {"sparse": "bsr_to_dense", "nm": "nm_to_dense"}[pattern] in naive
 
 
 def test_no_absolute_paths_of_somebodys_machine():

@@ -155,9 +155,7 @@ def measure(
 def _show(path: Path, network: Network, speeds: list[Speed], machine: Machine) -> None:
     out = ui.console()
     plural = "" if network.threads == 1 else "s"
-    out.print(
-        f"{ui.one_line(path.name)}: {network.engine} engine, {network.threads} thread{plural}"
-    )
+    out.print(f"{ui.one_line(path.name)}: {network.threads} thread{plural}, {network.engine}")
     figures = (
         "batch",
         "ms per batch",
@@ -184,7 +182,7 @@ def _show(path: Path, network: Network, speeds: list[Speed], machine: Machine) -
 def _facts(path: Path, network: Network, speeds: list[Speed], machine: Machine) -> dict[str, Any]:
     return {
         "file": path.name,
-        "engine": network.engine,
+        "engine": str(network.engine),
         "threads": network.threads,
         "machine": asdict(machine) | {"versions": dict(machine.versions)},
         "speeds": [asdict(speed) for speed in speeds],
