@@ -109,8 +109,13 @@ class BatchNormReestimation(Callback):
         if self.each_validation or trainer.global_step >= trainer.estimated_stepping_batches:
             self._reestimate(trainer, pl_module)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Re-estimate if training is over, unless a validation just did."""
+        if trainer.global_step >= trainer.estimated_stepping_batches:
+            self.on_train_end(trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Re-estimate unless the last validation did."""
+        """Re-estimate if training was stopped early, unless a validation just did."""
         if self._done_at != trainer.global_step:
             self._reestimate(trainer, pl_module)
 

@@ -140,10 +140,8 @@ class ImageData(LightningDataModule):
         trainer = self.trainer
         if trainer is None or not trainer.training:
             return 0, 0
-        # Epochs and batches that the fit loop has done, as restored from the checkpoint.
-        loop = trainer.fit_loop
-        epochs = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-        return epochs, loop.epoch_loop.batch_progress.current.ready
+        # As restored from the checkpoint; a batch counts once the loop has taken it up for training.
+        return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def _shard(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
