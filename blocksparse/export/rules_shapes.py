@@ -16,7 +16,7 @@ from blocksparse.export.lowering import Arguments, Lowering, Rule, Value
 
 def identity(lowering: Lowering, node: fx.Node, args: Arguments) -> Value:
     """Copy or alias: nothing."""
-    return next(iter(args.values()))
+    return args["self"]
 
 
 def reshape(lowering: Lowering, node: fx.Node, args: Arguments) -> Value:

@@ -28,7 +28,7 @@ _CHUNK = 32
 def tolerance(model: Model, max_logit: float) -> float:
     """Largest difference of two logits that float32 rounding explains.
 
-    A dot product of length L summed in float32, in whatever order, is off by about ``eps * sqrt(L)``
+    A dot product of length L summed in float32, in any order, is off by about ``eps * sqrt(L)``
     relative to the scale of its result: rounding errors walk randomly (Higham, *Accuracy and
     Stability of Numerical Algorithms*, 2nd ed., section 2.8). Errors of successive layers are
     independent and reach the logits with a gain of about one relative to the values they are part
