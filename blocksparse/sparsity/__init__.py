@@ -2,6 +2,7 @@
 
 from blocksparse.sparsity.allocation import Allocation, Global, Targets, Uniform
 from blocksparse.sparsity.layers import Layers
+from blocksparse.sparsity.masked import MaskedWeights
 from blocksparse.sparsity.masks import layer_mask, pack_mask, plan_masks, unpack_mask
 from blocksparse.sparsity.patterns import (
     NM,
@@ -12,7 +13,8 @@ from blocksparse.sparsity.patterns import (
     pattern_from_json,
     pattern_to_json,
 )
-from blocksparse.sparsity.plan import LayerPlan, Plan, resolve
+from blocksparse.sparsity.plan import LayerPlan, Plan
+from blocksparse.sparsity.resolve import resolve
 from blocksparse.sparsity.schedule import Cubic, Linear, OneShot, Schedule
 from blocksparse.sparsity.scores import Score, l1, l2
 from blocksparse.sparsity.selection import Floors
@@ -29,6 +31,7 @@ __all__ = [
     "LayerPlan",
     "Layers",
     "Linear",
+    "MaskedWeights",
     "OneShot",
     "Pattern",
     "Plan",

@@ -74,16 +74,16 @@ class OneShot(Schedule):
 
     Parameters
     ----------
-    at_progress : float
+    start : float
         Fraction of training at which the final sparsity is imposed; 0 prunes before the first step.
     """
 
     start: float = 0.0
     end: float = 0.0
 
-    def __init__(self, at_progress: float = 0.0) -> None:
-        object.__setattr__(self, "start", at_progress)
-        object.__setattr__(self, "end", at_progress)
+    def __init__(self, start: float = 0.0) -> None:
+        object.__setattr__(self, "start", start)
+        object.__setattr__(self, "end", start)
         self.__post_init__()
 
     def _curve(self, share: float) -> float:

@@ -37,10 +37,7 @@ def checkpoint_patterns(checkpoint: Mapping[str, Any]) -> dict[str, Pattern]:
 
 
 def checkpoint_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the masks in a Lightning checkpoint: bool, of the weights' shapes, True where kept.
-
-    Pruned parameters that have lost nothing yet have no mask.
-    """
+    """Return the masks in a Lightning checkpoint: bool, of the weights' shapes, True where kept."""
     plan = checkpoint_plan(checkpoint)
     if plan is None:
         return {}

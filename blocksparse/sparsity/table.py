@@ -16,8 +16,7 @@ def plan_table(plan: Plan) -> Table:
     """Return the plan as a rich table."""
     table = Table(title="Sparsity plan", caption=plan_summary(plan), caption_justify="left")
     for name in _HEADER:
-        justify = "right" if name in ("shape", "target") else "left"
-        table.add_column(name, justify=justify, overflow="fold")
+        table.add_column(name, overflow="fold")
     for layer in plan.layers:
         table.add_row(*_cells(plan, layer), style=None if layer.pruned else "dim")
     return table

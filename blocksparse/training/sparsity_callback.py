@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from torch import Tensor, nn
@@ -21,16 +20,14 @@ from blocksparse.sparsity import (
     Cubic,
     Floors,
     Layers,
+    MaskedWeights,
     Pattern,
     Plan,
     Schedule,
     Uniform,
-    pack_mask,
-    plan_masks,
     plan_table,
     resolve,
     save_plan,
-    unpack_mask,
 )
 from blocksparse.sparsity.scores import score_named
 from blocksparse.sparsity.state import STATE_KEY
@@ -120,17 +117,14 @@ class SparsityCallback(Callback):
         self.interval = interval
         self.root = root
         self.save_dir = save_dir
-        self._plan: Plan | None = None
-        self._masks: dict[str, Tensor] = {}  # packed bits, on the CPU
+        self._masked: MaskedWeights | None = None
         self._share = 0.0  # of the ramp; it never falls
         self._updated_at = 0  # global step
         self._loaded_settings: dict[str, str] | None = None
         # What one fit needs and no checkpoint holds.
-        self._total_steps = 0
-        self._started = False
+        self._total_steps = 1
         self._hooks: list[RemovableHandle] = []
-        self._dropped: list[tuple[Tensor, Tensor]] | None = None  # weight, True where it is zero
-        self._measured: dict[str, int] = {}  # zeros counted in each weight
+        self._zeros: dict[str, int] = {}  # counted in each pruned weight
 
     @property
     def state_key(self) -> str:
@@ -140,47 +134,42 @@ class SparsityCallback(Callback):
     @property
     def plan(self) -> Plan | None:
         """What happens to every layer; None before the first fit."""
-        return self._plan
+        return self._masked.plan if self._masked else None
 
     @property
     def finished(self) -> bool:
-        """Whether the ramp has ended and the masks are final."""
-        return self._share >= 1.0
+        """Whether the masks are final: the ramp has ended, or there is nothing to prune."""
+        return self.plan is not None and (self._share >= 1.0 or not self.plan.pruned)
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """The masks now: bool on the CPU, True where kept, by parameter name."""
-        if self._plan is None:
-            return {}
-        shapes = {layer.param: layer.shape for layer in self._plan.pruned}
-        return {param: unpack_mask(bits, shapes[param]) for param, bits in self._masks.items()}
+        return self._masked.masks if self._masked else {}
 
     def patterns(self) -> dict[str, Pattern]:
         """Return the pattern of each pruned parameter, by its name in the network."""
-        return self._plan.patterns() if self._plan else {}
+        return self.plan.patterns() if self.plan else {}
 
     # -- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return plan, ramp and packed masks as tensors and plain values; empty before a fit."""
-        if self._plan is None:
+        if self._masked is None:
             return {}
         return {
             "settings": self._settings(),
-            "plan": self._plan.to_json(),
+            "plan": self._masked.plan.to_json(),
             "share": self._share,
             "updated_at": self._updated_at,
-            "masks": dict(self._masks),
+            "masks": dict(self._masked.packed),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self._plan = Plan.from_json(state_dict["plan"])
+        self._masked = MaskedWeights(Plan.from_json(state_dict["plan"]), state_dict["masks"])
         self._share = state_dict["share"]
         self._updated_at = state_dict["updated_at"]
-        self._masks = dict(state_dict["masks"])
         self._loaded_settings = state_dict["settings"]
-        self._dropped = None  # the network's weights were exchanged with the masks
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -192,9 +181,9 @@ class SparsityCallback(Callback):
         """
         prefix = f"{self.root}." if self.root else ""
         for param, mask in self.masks.items():
-            saved = checkpoint["state_dict"].get(prefix + param)
-            if saved is not None and bool(saved[~mask.to(saved.device)].any()):
-                dropped = ~mask.to(saved.device)
+            saved = checkpoint["state_dict"][prefix + param]
+            dropped = ~mask.to(saved.device)
+            if bool(saved[dropped].any()):
                 checkpoint["state_dict"][prefix + param] = saved.masked_fill(dropped, 0.0)
 
     # -- a fit ---------------------------------------------------------------------------------
@@ -208,8 +197,8 @@ class SparsityCallback(Callback):
                 "strategy=ddp or a single device to prune"
             )
         network = self._network(pl_module)
-        if self._plan is None:
-            self._plan = resolve(
+        if self._masked is None:
+            plan = resolve(
                 network,
                 target=self.target,
                 pattern=self.pattern,
@@ -219,13 +208,14 @@ class SparsityCallback(Callback):
                 layers=self.layers,
                 initial=self.initial,
             )
+            self._masked = MaskedWeights(plan)
         self._check_settings()
-        self._plan.weights(network)
+        plan = self._masked.plan
+        plan.weights(network)  # refuses another network than the plan's
         if trainer.is_global_zero:
             # Wide enough for every column: a log file has no width of its own.
-            console = Console()
-            Console(width=max(console.width, 100)).print(plan_table(self._plan))
-            paths = save_plan(self._plan, Path(self.save_dir or trainer.default_root_dir))
+            Console(width=max(Console().width, 100)).print(plan_table(plan))
+            paths = save_plan(plan, Path(self.save_dir or trainer.default_root_dir))
             logger.info("sparsity plan saved in %s and %s", *paths)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -237,17 +227,19 @@ class SparsityCallback(Callback):
                 "set trainer.max_epochs or trainer.max_steps"
             )
         self._total_steps = max(int(total), 1) if math.isfinite(total) else 1
-        self._dropped = None
         self._updated_at = min(self._updated_at, trainer.global_step)  # a new trainer counts anew
-        if not self._masks and self._pruned:
-            self._advance(trainer, pl_module, trainer.global_step, force=True)
-        self._impose(pl_module)
-        self._measure(pl_module)
+        masked, network = self._active, self._network(pl_module)
+        masked.forget()
+        if not masked.packed and masked.plan.pruned:
+            self._update(trainer, network, trainer.global_step)
+        masked.impose(network)
+        self._zeros = masked.count(network)
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._active.impose(network)
             # Lightning counts the step only after the optimizer returns.
-            self._impose(pl_module)
-            self._advance(trainer, pl_module, trainer.global_step + 1)
+            if self._due(trainer.global_step + 1):
+                self._update(trainer, network, trainer.global_step + 1)
 
         self._release()
         self._hooks = [
@@ -258,39 +250,38 @@ class SparsityCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Log the sparsity counted last."""
-        zeros = sum(self._measured.values())
-        assert self._plan is not None
-        sparsity = zeros / max(self._plan.prunable, 1)
-        pl_module.log("sparsity", sparsity, prog_bar=True, batch_size=1)
-        pl_module.log("sparsity_of_all", zeros / max(self._plan.parameters, 1), batch_size=1)
+        plan, zeros = self._active.plan, sum(self._zeros.values())
+        pl_module.log("sparsity", zeros / max(plan.prunable, 1), prog_bar=True, batch_size=1)
+        pl_module.log("sparsity_of_all", zeros / max(plan.parameters, 1), batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count and log the density of each layer."""
-        self._measure(pl_module)
-        for layer in self._pruned:
-            density = 1.0 - self._measured[layer.param] / layer.size
+        self._zeros = self._active.count(self._network(pl_module))
+        for layer in self._active.plan.pruned:
+            density = 1.0 - self._zeros[layer.param] / layer.size
             pl_module.log(f"density/{layer.name}", density, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that what was promised is there."""
-        # The mixed-precision scaler may have skipped the very last step.
-        self._advance(trainer, pl_module, trainer.global_step)
-        self._impose(pl_module)
-        self._measure(pl_module)
+        masked, network = self._active, self._network(pl_module)
         self._release()
+        # The mixed-precision scaler may have skipped the very last step.
+        if self._due(trainer.global_step):
+            self._update(trainer, network, trainer.global_step)
+        masked.impose(network)
+        masked.forget()
+        self._zeros = masked.count(network)
         if self.finished:
-            self._check_reached()
-        elif self._pruned:
-            assert self._plan is not None
-            sparsity = sum(self._measured.values()) / self._plan.prunable
+            masked.check_reached(self._zeros)
+        else:
             logger.warning(
                 "training stopped at step %d of %d, before the sparsity ramp ended (schedule.end="
                 "%g): sparsity is %.4f and the target %.4f. Resume, or let the ramp end earlier",
                 trainer.global_step,
                 self._total_steps,
                 self.schedule.end,
-                sparsity,
-                self._plan.sparsity,
+                sum(self._zeros.values()) / masked.plan.prunable,
+                masked.plan.sparsity,
             )
 
     def on_exception(
@@ -302,8 +293,12 @@ class SparsityCallback(Callback):
     # -- inner workings ------------------------------------------------------------------------
 
     @property
-    def _pruned(self) -> tuple[Any, ...]:
-        return self._plan.pruned if self._plan else ()
+    def _active(self) -> MaskedWeights:
+        if self._masked is None:
+            raise RuntimeError(
+                "the sparsity callback has no plan yet: it is made when a fit starts"
+            )
+        return self._masked
 
     def _settings(self) -> dict[str, str]:
         """Return what decides about the masks, as text, to tell when a resumed run differs."""
@@ -343,76 +338,35 @@ class SparsityCallback(Callback):
                 f"{children}. Set sparsity.root to one of them, or to '' for all of it"
             ) from None
 
-    def _advance(
-        self, trainer: Trainer, pl_module: LightningModule, step: int, force: bool = False
-    ) -> None:
-        """Build the masks anew if ``step`` optimizer steps are done and an update is due."""
-        if self.finished or not self._pruned:
-            return
-        progress = step / self._total_steps
-        due = step - self._updated_at >= self.interval or progress >= self.schedule.end
-        share = max(self._share, self.schedule.at(progress))
-        if not force and (not due or share == self._share):
-            return
-        assert self._plan is not None
-        packed = None
-        if trainer.is_global_zero:
-            weights = self._plan.weights(self._network(pl_module))
-            masks = plan_masks(self._plan, weights, share)
-            packed = {param: pack_mask(mask) for param, mask in masks.items()}
-        # Ranks have the same weights, yet the ranking of one counts, so that they cannot differ.
-        self._masks = trainer.strategy.broadcast(packed, src=0)
-        self._share = share
-        self._updated_at = step
-        self._dropped = None
-        self._impose(pl_module)
-        self._measure(pl_module)
+    def _due(self, step: int) -> bool:
+        """Say whether the masks are to be built anew once ``step`` optimizer steps are done."""
         if self.finished:
-            self._check_reached()
+            return False
+        progress = step / self._total_steps
+        if step - self._updated_at < self.interval and progress < self.schedule.end:
+            return False
+        return self.schedule.at(progress) > self._share
 
-    @torch.no_grad()
-    def _impose(self, pl_module: LightningModule) -> None:
-        """Set every pruned weight to exactly +0.0, even if it is NaN."""
-        if self._dropped is None:
-            assert self._plan is not None
-            weights = self._plan.weights(self._network(pl_module))
-            self._dropped = []
-            for param, mask in self.masks.items():
-                weight = weights[param]
-                if not mask.all():
-                    # In the memory format of the weight, so that filling is one pass over memory.
-                    dropped = torch.empty_like(weight, dtype=torch.bool)
-                    self._dropped.append((weight, dropped.copy_(~mask)))
-        for weight, dropped in self._dropped:
-            weight.masked_fill_(dropped, 0.0)
-
-    @torch.no_grad()
-    def _measure(self, pl_module: LightningModule) -> None:
-        """Count the zeros in every pruned weight."""
-        assert self._plan is not None
-        weights = self._plan.weights(self._network(pl_module))
-        self._measured = {
-            param: weight.numel() - int(torch.count_nonzero(weight))
-            for param, weight in weights.items()
-        }
-
-    def _check_reached(self) -> None:
-        """Raise if the weights are less sparse than the plan says."""
-        assert self._plan is not None
-        short = [
-            f"{layer.name} {self._measured[layer.param] / layer.size:.4f} of {layer.target:.4f}"
-            for layer in self._plan.pruned
-            if layer.zeros is not None and self._measured[layer.param] < layer.zeros
-        ]
-        total = sum(self._measured.values())
-        if short or total < self._plan.zeros:
-            raise RuntimeError(
-                f"the sparsity ramp has ended and the target is not reached: {total} of "
-                f"{self._plan.prunable} weights are zero, and {self._plan.zeros} should be"
-                + (f" (layers that fall short: {', '.join(short)})" if short else "")
-                + ". Something changed the weights after the masks were imposed: look at the "
-                "callbacks and hooks that write to them"
-            )
+    def _update(self, trainer: Trainer, network: nn.Module, step: int) -> None:
+        """Build the masks anew from the weights, and impose them."""
+        share = max(self._share, self.schedule.at(step / self._total_steps))
+        # All ranks have the same weights, yet the ranking of one counts: they cannot differ. It
+        # sends its error too, or the others would wait for masks that never come.
+        built: dict[str, Tensor] | ValueError | None = None
+        if trainer.is_global_zero:
+            try:
+                built = self._active.build(network, share)
+            except ValueError as error:
+                built = error
+        built = trainer.strategy.broadcast(built, src=0)
+        if not isinstance(built, dict):
+            raise built or RuntimeError("rank 0 sent no masks")
+        self._active.adopt(built)
+        self._active.impose(network)
+        self._share, self._updated_at = share, step
+        self._zeros = self._active.count(network)
+        if self.finished:
+            self._active.check_reached(self._zeros)
 
     def _release(self) -> None:
         for hook in self._hooks:
