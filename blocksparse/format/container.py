@@ -107,14 +107,21 @@ def header_bytes(header: Header) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def read_header(file: BinaryIO, size: int) -> Header:
-    """Read and check the header of a file of `size` bytes, and nothing behind it.
+def read_header(file: BinaryIO, size: int) -> tuple[dict[str, str], dict[str, Any], int]:
+    """Read the header of a file of `size` bytes, and nothing behind it.
+
+    Returns
+    -------
+    metadata : dict of str to str
+    entries : dict
+        What is said of each tensor, for :func:`place_tensors` to judge.
+    start : int
+        Byte in the file at which the buffer starts.
 
     Raises
     ------
     FormatError
-        Unless the file is sound safetensors: header within the file and the cap, strict JSON,
-        known dtypes, sizes that fit their offsets, tensors that tile the buffer.
+        Unless the header lies within the file and the cap and is strict JSON.
     """
     if size < 8:
         raise FormatError(
@@ -137,13 +144,22 @@ def read_header(file: BinaryIO, size: int) -> Header:
     metadata = tree.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(type(v) is not str for v in metadata.values()):
         raise FormatError("__metadata__ must map strings to strings", tensor="__metadata__")
-    return _place(metadata, tree, start=8 + length, size=size)
+    return metadata, tree, 8 + length
 
 
-def _place(metadata: dict[str, str], tree: dict[str, Any], start: int, size: int) -> Header:
-    """Check every tensor entry of the header, and that together they tile the buffer."""
+def place_tensors(
+    metadata: dict[str, str], entries: dict[str, Any], start: int, size: int
+) -> Header:
+    """Turn what :func:`read_header` gave into a header that can be relied on.
+
+    Raises
+    ------
+    FormatError
+        Unless dtypes are known, sizes fit their offsets, and the tensors tile the buffer, which is
+        the file of `size` bytes from `start` on.
+    """
     specs, spans = {}, {}
-    for name, entry in tree.items():
+    for name, entry in entries.items():
         fields = record(entry, ("dtype", "shape", "data_offsets"), "tensor entry", tensor=name)
         dtype = fields["dtype"]
         if not isinstance(dtype, str) or dtype not in DTYPES:

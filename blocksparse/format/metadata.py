@@ -87,20 +87,15 @@ def _render(key: str, tree: object, kind: type[dict] | type[list]) -> str:
 
 
 def decode(metadata: Mapping[str, str]) -> Description:
-    """Read the metadata of a file; :func:`~.validate.check_graph` judges the graph.
+    """Read the metadata of a file that passed :func:`check_version`.
+
+    Whether the graph makes sense is for :func:`blocksparse.format.validate.check_graph` to say.
 
     Raises
     ------
     FormatError
-        Where the file is no model file, or is of another version, or a key breaks a rule.
+        Where a key is missing, unknown, or breaks a rule.
     """
-    if metadata.get("format") != FORMAT:
-        raise FormatError(
-            f"metadata 'format' must be {FORMAT!r}",
-            tensor="__metadata__",
-            mend="a plain safetensors file of weights is no model file; export it first",
-        )
-    _check_version(metadata.get("version"))
     known = {"format", "version", "graph", "classes", "preprocessing", "provenance"}
     if not {"graph"} <= set(metadata) <= known:
         raise FormatError(
@@ -119,7 +114,18 @@ def decode(metadata: Mapping[str, str]) -> Description:
     return Description(graph, layouts, biases, classes, preprocessing, provenance)
 
 
-def _check_version(text: str | None) -> None:
+def check_version(metadata: Mapping[str, str]) -> None:
+    """Raise FormatError unless the file is a model file of a version that can be read.
+
+    To be called before anything else in the file is judged: a newer version may differ anywhere.
+    """
+    if metadata.get("format") != FORMAT:
+        raise FormatError(
+            f"metadata 'format' must be {FORMAT!r}",
+            tensor="__metadata__",
+            mend="a plain safetensors file of weights is no model file; export it first",
+        )
+    text = metadata.get("version")
     version = int(text) if text and text.isascii() and text.isdigit() and len(text) < 10 else 0
     if version > VERSION:
         raise FormatError(

@@ -125,12 +125,12 @@ def _windows(size: int, kernel: int, stride: int, pad: int, dilation: int, ceil_
     """Return how many windows fit along one axis (``pooling_output_shape`` of PyTorch)."""
     span = dilation * (kernel - 1) + 1
     room = size + 2 * pad - span
-    if room < 0:
-        raise ValueError(f"a window of {span} does not fit a padded size of {size + 2 * pad}")
     count = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
     # A window that would start in the far padding sees no input: PyTorch drops it.
     if ceil_mode and (count - 1) * stride >= size + pad:
         count -= 1
+    if count < 1:
+        raise ValueError(f"a window of {span} does not fit a padded size of {size + 2 * pad}")
     return count
 
 
@@ -147,11 +147,10 @@ def _pool2d(attrs: Mapping[str, Any], inputs: Sequence[Shape], weight: Shape | N
     sizes = []
     for axis, size in enumerate(image):
         kernel, pad = attrs["kernel"][axis], attrs["padding"][axis]
-        dilation = attrs["dilation"][axis] if "dilation" in attrs else 1
-        span = dilation * (kernel - 1) + 1
-        if pad > span // 2:
-            raise ValueError(f"padding {pad} must be at most half the window of {span}")
+        if pad > kernel // 2:
+            raise ValueError(f"padding {pad} must be at most half the kernel of {kernel}")
         stride = attrs["stride"][axis]
+        dilation = attrs["dilation"][axis] if "dilation" in attrs else 1
         sizes.append(_windows(size, kernel, stride, pad, dilation, attrs["ceil_mode"]))
     return (channels, *sizes)
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from blocksparse.format.container import DTYPES, Header, read_header
+from blocksparse.format.container import DTYPES, Header, place_tensors, read_header
 from blocksparse.format.errors import FormatError
-from blocksparse.format.metadata import check_classes, check_preprocessing, decode
+from blocksparse.format.metadata import check_classes, check_preprocessing, check_version, decode
 from blocksparse.format.model import Model
 from blocksparse.format.validate import (
     check_contents,
@@ -56,7 +56,9 @@ def read(path: str | os.PathLike[str]) -> Model:
 def _read(path: Path) -> Model:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        header = read_header(file, size)
+        metadata, entries, start = read_header(file, size)
+        check_version(metadata)
+        header = place_tensors(metadata, entries, start, size)
         said = decode(header.metadata)
         check_graph(said.graph, said.layouts)
         check_tensors(expected_tensors(said.graph, said.layouts, said.biases), header.tensors)
