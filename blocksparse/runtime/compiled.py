@@ -13,9 +13,10 @@ import numpy.typing as npt
 from blocksparse.format import BsrWeight, Model, NMWeight, Node, Weight
 
 from .explain import LayerChoice
-from .kernels import program, views
-from .kernels.target import Target, describe, host
-from .plan import Plan, bind, kernel_for
+from .kernels import program, records
+from .kernels.target import describe, host
+from .plan import Plan, bind
+from .products import kernel_for
 from .steps import Step, Steps, lower
 
 _log = logging.getLogger(__name__)
@@ -34,9 +35,9 @@ class _Memory:
         raw = np.zeros(plan.floats + _CACHE_LINE // 4, np.float32)
         skip = -raw.ctypes.data % _CACHE_LINE // 4
         self.values = raw[skip : skip + plan.floats]
-        counters = plan.counters()
+        counters = np.zeros(plan.counters + _CACHE_LINE // 8, np.int64)
         skip = -counters.ctypes.data % _CACHE_LINE // 8
-        self.counters = counters[skip : skip + len(plan.records) * program.COUNTER_STRIDE]
+        self.counters = counters[skip : skip + plan.counters]
 
 
 class _Ready:
@@ -72,12 +73,12 @@ class CompiledEngine:
         """Say what runs each node, and why."""
         steps: dict[str, list[Step]] = {}
         for step in self.steps.steps:
-            if step.op not in (views.LOAD, views.STORE):
+            if step.op not in (records.LOAD, records.STORE):
                 steps.setdefault(step.node.name, []).append(step)
         rows = []
         for node in self.model.graph.nodes:
             weight = self.model.weights.get(node.name)
-            kernel, reason = _choice(node, steps.get(node.name, []), weight, self.target)
+            kernel, reason = _choice(node, steps.get(node.name, []), weight)
             density = None if weight is None else weight.density
             rows.append(LayerChoice(node.name, node.op, node.shape, density, kernel, reason))
         return rows
@@ -105,14 +106,15 @@ class CompiledEngine:
         plan = ready.plan
         memory.counters[:] = 0
         arguments = (
-            plan.records, plan.tables, plan.vectors, memory.values, memory.values.ctypes.data,
-            memory.counters.ctypes.data, np.ascontiguousarray(x).reshape(-1), output.reshape(-1), batch,
+            plan.records, plan.integers, plan.vectors, memory.values, memory.values.ctypes.data,
+            memory.counters.ctypes.data, np.ascontiguousarray(x).reshape(-1), output.reshape(-1),
+            batch,
         )  # fmt: skip
         helpers = self._start(threads - 1, arguments)
         program.run(*arguments)
         for helper in helpers:
-            # One that has not started is not needed any more; one that has is about to end, and must have left the
-            # counters before they are used again.
+            # One that has not started is not needed any more; one that has is about to end, and
+            # must have left the counters before they are used again.
             if not helper.cancel():
                 helper.result()
         with self._lock:
@@ -150,22 +152,20 @@ class CompiledEngine:
             return [self._helpers.submit(program.run, *arguments) for _ in range(count)]
 
 
-def _choice(
-    node: Node, steps: list[Step], weight: Weight | None, target: Target
-) -> tuple[str, str]:
+def _choice(node: Node, steps: list[Step], weight: Weight | None) -> tuple[str, str]:
     """Name the kernel of a node and say why it was chosen."""
     if not steps:
         return "none", "its parts are written in place"
-    copies = sum(step.op == views.COPY for step in steps)
+    copies = sum(step.op == records.COPY for step in steps)
     product = next((step for step in steps if step.packed is not None), None)
-    if product is None:
+    if product is None or product.packed is None:
         kind = "copy" if copies == len(steps) else node.op
         return (
             f"f32_{kind}",
             f"{copies} of its parts copied" if node.op == "concat" else "no weight",
         )
-    name = kernel_for(product, 1).name.rsplit("_", 1)[0]
-    tile = f"{product.packed.rows} output channels at once" if product.packed else ""
+    name = kernel_for(product.op, product.packed, 1).name.rsplit("_", 1)[0]
+    tile = f"{product.packed.rows} output channels at once"
     if isinstance(weight, NMWeight):
         reason = f"packed {weight.n}:{weight.m}, read as it is"
     elif isinstance(weight, BsrWeight):

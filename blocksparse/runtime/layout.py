@@ -1,13 +1,15 @@
 """Where the values of a graph lie in memory: padded planes, pixels innermost.
 
-A feature map is stored as ``[C][N][rows][row]``: every channel is one long line of pixels, all images one behind the
-other. A row is a little longer than the image is wide; the columns behind its end are zero and serve as the right
-padding of one row and the left padding of the next. Rows between images work the same way. A convolution of stride 1
-then reads kernel position (i, j) at a fixed distance from the output pixel, and any run of pixels can be computed at once,
-whatever rows and images it crosses.
+A feature map is stored as ``[C][N][rows][row]``: every channel is one long line of pixels, all
+images one behind the other. A row is a little longer than the image is wide; the columns behind its
+end are zero and serve as the right padding of one row and the left padding of the next. Rows
+between images work the same way. A convolution of stride 1 then reads kernel position (i, j) at a
+fixed distance from the output pixel, and any run of pixels can be computed at once, whatever rows
+and images it crosses.
 
-For that, the input and the output of such a convolution must agree on row length and channel stride, and so must the two
-sides of a sum and the parts of a concatenation. Values that must agree form a *frame*; `frames` finds them.
+For that, the input and the output of such a convolution must agree on row length and channel
+stride, and so must the two sides of a sum and the parts of a concatenation. Values that must agree
+form a *frame*; `frames` finds them.
 """
 
 # N images, C channels, H W image, F features; a frame has R rows an image of L pixels each
@@ -75,7 +77,8 @@ class Layout:
     channels, height, width : int
         Shape of the value; a vector of F features has F channels of one pixel.
     margin : int
-        Zeros needed on both sides of a channel's pixels; -1 where nothing around the pixels may be written.
+        Zeros needed on both sides of a channel's pixels; -1 where nothing around the pixels may be
+        written.
     """
 
     base: int
@@ -195,7 +198,8 @@ def place(shape: tuple[int, ...], frame: Frame | None, base: int, batch: int) ->
         return Layout(base, 1, round_up(shape[0], ALIGN), 1, shape[0], 1, 1, -1)
     channels, height, width = shape
     return Layout(
-        base + frame.lead, frame.channel(batch), frame.image, frame.row, channels, height, width, frame.margin
+        base + frame.lead, frame.channel(batch), frame.image, frame.row, channels, height, width,
+        frame.margin
     )  # fmt: skip
 
 

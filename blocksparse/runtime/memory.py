@@ -1,4 +1,4 @@
-"""One block of memory for all values: places are reused as soon as their value has been read for the last time."""
+"""One block of memory for all values; a place is free again once its value was last read."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def assign(
 ) -> tuple[dict[str, int], int]:
     """Give every value a place so that no two that exist together overlap.
 
-    Largest values first, each into the lowest gap that is free for its whole life: the greedy-by-size rule of
-    Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net Inference" (2020).
+    Largest values first, each into the lowest gap that is free for its whole life: the
+    greedy-by-size rule of Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net
+    Inference" (2020).
 
     Parameters
     ----------

@@ -71,7 +71,7 @@ class ReferenceEngine:
 
 
 class Network:
-    """A model that can be called, from several Python threads at once if need be; made by :func:`load`.
+    """A model that can be called, from several Python threads at once; made by :func:`load`.
 
     Parameters
     ----------
@@ -163,8 +163,8 @@ def load(
     threads : int, optional
         Threads a call may use; by default one per processor this process may run on.
     engine : {"auto", "compiled", "reference"}
-        ``"compiled"`` is the fast one; ``"reference"`` is NumPy alone; ``"auto"`` is the first of the two that can run
-        here, and says so in the log where that is the second.
+        ``"compiled"`` is the fast one; ``"reference"`` is NumPy alone; ``"auto"`` is the first of
+        the two that can run here, and says so in the log where that is the second.
 
     Returns
     -------
@@ -192,17 +192,18 @@ def _engine(model: Model, name: EngineName) -> Engine:
         return ReferenceEngine(model, "as asked")
     try:
         # imported late: a server that asked for the reference engine does not need Numba
-        import numba
+        from numba.core import config
 
         from blocksparse.runtime.compiled import CompiledEngine
 
-        if numba.config.DISABLE_JIT:
+        if config.DISABLE_JIT:
             raise RuntimeError("NUMBA_DISABLE_JIT is set")
         return CompiledEngine(model)
     except (ImportError, RuntimeError) as error:
         if name == "compiled":
             raise RuntimeError(
-                f"the compiled engine cannot run here: {error}; use engine='reference', which is slow but needs only NumPy"
+                f"the compiled engine cannot run here: {error}; use engine='reference', which is "
+                "slow but needs only NumPy"
             ) from error
         _log.warning("running in NumPy, slowly: %s", error)
         return ReferenceEngine(model, f"because the compiled engine cannot run here: {error}")

@@ -1,8 +1,9 @@
 """Weights as the micro-kernels read them: tiles of output channels, each a list of input columns.
 
-Whatever the file holds (dense, BSR of any block shape, packed N:M) becomes the same thing here: row tiles of at most
-`Target.rows` output channels, the values of a tile in the order the kernel reads them, and for every step of the kernel
-the input channel and kernel position it starts from. A zero block is nowhere stored, a dense weight stores every block.
+Whatever the file holds (dense, BSR of any block shape, packed N:M) becomes the same thing here: row
+tiles of at most `Target.rows` output channels, the values of a tile in the order the kernel reads
+them, and for every step of the kernel the input channel and kernel position it starts from. A zero
+block is nowhere stored, a dense weight stores every block.
 """
 
 # K out-channels, C in-channels, P kernel positions, R rows of a tile, J columns of a step, S steps
@@ -119,8 +120,8 @@ def _pack_dense(weight: DenseWeight, groups: int, target: Target) -> Packed:
     padded = np.zeros((groups, per_group * rows, *values.shape[2:]), np.float32)
     padded[:, : k // groups] = values
     positions = padded.shape[-1]
-    # [group, tile, R, C/J, J, P] -> [group, tile, C/J, P, J, R]: all positions of a few channels before the next few, so
-    # that the input lines they share are still in the first-level cache.
+    # [group, tile, R, C/J, J, P] -> [group, tile, C/J, P, J, R]: all positions of a few channels
+    # before the next few, so that the input lines they share are still in the first-level cache.
     tiled = padded.reshape(groups, per_group, rows, channels // columns, columns, positions)
     tiled = np.ascontiguousarray(tiled.transpose(0, 1, 3, 5, 4, 2))
     steps = channels // columns * positions
@@ -151,7 +152,8 @@ def _pack_bsr(weight: BsrWeight, target: Target) -> Packed:
     channel_blocks = -(-channels // c)
     rows = split_evenly(r, target.rows)
     parts = -(-r // rows)  # row tiles of one block row
-    # A step must not read beyond the last input channel: cut blocks so that the ragged edge falls between two steps.
+    # A step must not read beyond the last input channel: cut blocks so that the ragged edge falls
+    # between two steps.
     edge = channels % c
     unit = gcd(c, edge) if edge else c
     columns = next(j for j in range(min(8, unit), 0, -1) if unit % j == 0)

@@ -1,8 +1,8 @@
 """From graph to steps: what is computed in which order, before any batch size is known.
 
-Most nodes become one step. A strided convolution becomes two: its input is first copied into phase planes, on which it
-is a convolution of stride 1. Concatenation becomes nothing: its parts are written in place, unless a part already lies
-elsewhere; then that part is copied.
+Most nodes become one step. A strided convolution becomes two: its input is first copied into phase
+planes, on which it is a convolution of stride 1. Concatenation becomes nothing: its parts are
+written in place, unless a part already lies elsewhere; then that part is copied.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from blocksparse.format import Model, Node, NMWeight
+from blocksparse.format import Model, NMWeight, Node
 
 from . import layout
-from .kernels import views
+from .kernels import records
 from .kernels.target import Target
 from .prepack import Packed, pack
 
-FUSED = ("none", "relu", "relu6")
-"""Activations that the products apply on the way out; others run as a step of their own, in place."""
+CLAMPS = ("none", "relu", "relu6")
+"""Activations that a product applies on the way out; others are a step of their own, in place."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Step:
     Parameters
     ----------
     op : int
-        A step kind of `kernels.views`.
+        A step kind of `kernels.records`.
     node : Node
         The node it belongs to.
     source, target : str
@@ -123,18 +123,26 @@ class _Lowering:
         graph = self.model.graph
         source = graph.inputs[0].name
         if graph.nodes:
-            self._emit(views.LOAD, graph.nodes[0], source, source, scale=(1, 1, 1), shift=(0, 0, 0))
+            self._emit(
+                records.LOAD, graph.nodes[0], source, source, scale=(1, 1, 1), shift=(0, 0, 0)
+            )
         for node in graph.nodes:
             _HANDLERS[node.op](self, node)
         output = graph.outputs[0]
         last = next(node for node in graph.nodes if node.name == output)
-        self._emit(views.STORE, last, output, output, scale=(1, 1, 1), shift=(0, 0, 0))
+        self._emit(records.STORE, last, output, output, scale=(1, 1, 1), shift=(0, 0, 0))
         return Steps(self.steps, self.shapes, self.frames, self.places)
 
     def _emit(
-        self, op: int, node: Node, source: str, target: str, other: str | None = None, packed: Packed | None = None,
+        self,
+        op: int,
+        node: Node,
+        source: str,
+        target: str,
+        other: str | None = None,
+        packed: Packed | None = None,
         **details: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.steps.append(Step(op, node, source, target, other, packed, details))
 
     def _place_parts(self, node: Node) -> None:
@@ -159,35 +167,35 @@ class _Lowering:
     def _product(self, op: int, node: Node, source: str, other: str | None, groups: int) -> None:
         weight = self.model.weights[node.name]
         if isinstance(weight, NMWeight):
-            op = {views.CONV: views.CONV_NM, views.LINEAR: views.LINEAR_NM}[op]
+            op = {records.CONV: records.CONV_NM, records.LINEAR: records.LINEAR_NM}[op]
         packed = pack(weight, groups, self.target)
         activation = node.attrs["activation"]
-        fused = activation if activation in FUSED else "none"
+        fused = activation if activation in CLAMPS else "none"
         self._emit(op, node, source, node.name, other, packed, activation=fused)
         if fused != activation:
-            self._elementwise(node, views.ACTIVATE, node.name, None, activation)
+            self._elementwise(node, records.ACTIVATE, node.name, None, activation)
 
     def _conv2d(self, node: Node) -> None:
         source = node.inputs[0]
         if layout.is_strided(node):
             planes = layout.phases(node, kernel_size(self.model, node))
             self._emit(
-                views.COPY, node, source, layout.phases_name(node),
+                records.COPY, node, source, layout.phases_name(node),
                 scale=(1, *node.attrs["stride"]), shift=(0, *(-p for p in node.attrs["padding"])),
                 planes=planes,
             )  # fmt: skip
             source = layout.phases_name(node)
         other = node.inputs[1] if len(node.inputs) > 1 else None
-        self._product(views.CONV, node, source, other, node.attrs["groups"])
+        self._product(records.CONV, node, source, other, node.attrs["groups"])
 
     def _linear(self, node: Node) -> None:
-        self._product(views.LINEAR, node, node.inputs[0], None, 1)
+        self._product(records.LINEAR, node, node.inputs[0], None, 1)
 
     def _elementwise(
         self, node: Node, function: int, source: str, other: str | None, activation: str
     ) -> None:
         self._emit(
-            views.ELEMENTWISE,
+            records.ELEMENTWISE,
             node,
             source,
             node.name,
@@ -197,18 +205,19 @@ class _Lowering:
         )
 
     def _add(self, node: Node) -> None:
-        self._elementwise(node, views.ADD, *node.inputs, node.attrs["activation"])
+        a, b = node.inputs
+        self._elementwise(node, records.ADD, a, b, node.attrs["activation"])
 
     def _mul(self, node: Node) -> None:
         a, b = node.inputs
         same = self.shapes[a] == self.shapes[b]
-        self._elementwise(node, views.MUL if same else views.MUL_CHANNEL, a, b, "none")
+        self._elementwise(node, records.MUL if same else records.MUL_CHANNEL, a, b, "none")
 
     def _activation(self, node: Node) -> None:
-        self._elementwise(node, views.ACTIVATE, node.inputs[0], None, node.attrs["activation"])
+        self._elementwise(node, records.ACTIVATE, node.inputs[0], None, node.attrs["activation"])
 
     def _affine(self, node: Node) -> None:
-        self._elementwise(node, views.AFFINE, node.inputs[0], None, node.attrs["activation"])
+        self._elementwise(node, records.AFFINE, node.inputs[0], None, node.attrs["activation"])
 
     def _concat(self, node: Node) -> None:
         for name, channel in self.copied.get(node.name, []):
@@ -217,31 +226,37 @@ class _Lowering:
             self.frames[part] = self.frames[node.name]
             place = self.places[node.name]
             self.places[part] = Place(place.owner, place.channel + channel)
-            self._emit(views.COPY, node, name, part, scale=(1, 1, 1), shift=(0, 0, 0))
+            self._emit(records.COPY, node, name, part, scale=(1, 1, 1), shift=(0, 0, 0))
 
     def _slice(self, node: Node) -> None:
         attrs = node.attrs
         self._emit(
-            views.COPY, node, node.inputs[0], node.name, scale=attrs["step"], shift=attrs["start"]
+            records.COPY, node, node.inputs[0], node.name, scale=attrs["step"], shift=attrs["start"]
         )
 
     def _pad(self, node: Node) -> None:
         shift = tuple(-before for before in node.attrs["before"])
-        self._emit(views.COPY, node, node.inputs[0], node.name, scale=(1, 1, 1), shift=shift)
+        self._emit(records.COPY, node, node.inputs[0], node.name, scale=(1, 1, 1), shift=shift)
 
     def _flatten(self, node: Node) -> None:
         self._emit(
-            views.COPY, node, node.inputs[0], node.name, scale=(1, 1, 1), shift=(0, 0, 0), flat=True
+            records.COPY,
+            node,
+            node.inputs[0],
+            node.name,
+            scale=(1, 1, 1),
+            shift=(0, 0, 0),
+            flat=True,
         )
 
     def _max_pool2d(self, node: Node) -> None:
-        self._emit(views.POOL, node, node.inputs[0], node.name, kind=views.MAX_POOL)
+        self._emit(records.POOL, node, node.inputs[0], node.name, kind=records.MAX_POOL)
 
     def _avg_pool2d(self, node: Node) -> None:
-        self._emit(views.POOL, node, node.inputs[0], node.name, kind=views.AVG_POOL)
+        self._emit(records.POOL, node, node.inputs[0], node.name, kind=records.AVG_POOL)
 
     def _adaptive_avg_pool2d(self, node: Node) -> None:
-        self._emit(views.ADAPTIVE_POOL, node, node.inputs[0], node.name)
+        self._emit(records.ADAPTIVE_POOL, node, node.inputs[0], node.name)
 
 
 _HANDLERS: dict[str, Callable[[_Lowering, Node], None]] = {

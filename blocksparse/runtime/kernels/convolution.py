@@ -1,7 +1,8 @@
 """Convolutions: the loops around the pixel micro-kernels.
 
-A work item is one panel of pixels and one part of the row tiles. A panel is narrow enough for its input to stay in the
-second-level cache while the part's weights stream past it; parts hold about equally many nonzeros.
+A work item is one panel of pixels and one part of the row tiles. A panel is narrow enough for its
+input to stay in the second-level cache while the part's weights stream past it; parts hold about
+equally many nonzeros.
 """
 
 from __future__ import annotations
@@ -10,17 +11,15 @@ from typing import Any
 
 from numba import njit
 
+from . import records as r
 from .intrinsics import call
-from .views import (
-    BIAS, BOUNDS, CONV_NM, KERNELS, LANES, MASK, OP, OTHER, PANEL, PARTS, PARTS_COUNT, SOURCE, TARGET, TILE_COUNT,
-    TILE_FIELDS, TILE_FIRST, TILE_INDICES, TILE_OFFSETS, TILE_ROWS, TILE_VALUES, TILES, VECTORS, view,
-)  # fmt: skip
+from .records import view
 
 
 @njit(cache=True, nogil=True)
 def width_of(step: Any, left: int) -> int:
     """Vectors of the next register tile when `left` vectors remain."""
-    if step[OP] == CONV_NM:  # widths 1, 2, 4, 8
+    if step[r.OP] == r.CONV_NM:  # widths 1, 2, 4, 8
         return 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
     if left == 4:  # 2 + 2 rather than 3 + 1
         return 2
@@ -30,30 +29,30 @@ def width_of(step: Any, left: int) -> int:
 @njit(cache=True, nogil=True)
 def kernel_of(step: Any, width: int) -> int:
     """Address of the micro-kernel of a width."""
-    if step[OP] == CONV_NM:
-        return step[KERNELS + (3 if width == 8 else width // 2)]
-    return step[KERNELS + width - 1]
+    if step[r.OP] == r.CONV_NM:
+        return step[r.KERNELS + (3 if width == 8 else width // 2)]
+    return step[r.KERNELS + width - 1]
 
 
 @njit(cache=True, nogil=True)
 def conv_item(memory: Any, memory_at: int, step: Any, tables: Any, item: int, batch: int) -> None:
     """Compute one panel of pixels for one part of the output channels."""
-    a, b, other = view(step, SOURCE), view(step, TARGET), view(step, OTHER)
-    panel, part = item // step[PARTS_COUNT], item % step[PARTS_COUNT]
-    first = panel * step[PANEL]
-    last = min(step[VECTORS], first + step[PANEL])
-    lanes = step[LANES]
+    a, b, other = view(step, r.SOURCE), view(step, r.TARGET), view(step, r.OTHER)
+    panel, part = item // step[r.PARTS_COUNT], item % step[r.PARTS_COUNT]
+    first = panel * step[r.PANEL]
+    last = min(step[r.VECTORS], first + step[r.PANEL])
+    lanes = step[r.LANES]
     mask_bytes = max(1, lanes // 8)
     run = (batch - 1) * b.image + (b.height - 1) * b.row + b.width
-    for tile in range(tables[step[PARTS] + part], tables[step[PARTS] + part + 1]):
-        at = step[TILES] + tile * TILE_FIELDS
-        k, rows = tables[at + TILE_FIRST], tables[at + TILE_ROWS]
+    for tile in range(tables[step[r.PARTS] + part], tables[step[r.PARTS] + part + 1]):
+        at = step[r.TILES] + tile * r.TILE_FIELDS
+        k, rows = tables[at + r.TILE_FIRST], tables[at + r.TILE_ROWS]
         values, offsets, count = (
-            tables[at + TILE_VALUES],
-            tables[at + TILE_OFFSETS],
-            tables[at + TILE_COUNT],
+            tables[at + r.TILE_VALUES],
+            tables[at + r.TILE_OFFSETS],
+            tables[at + r.TILE_COUNT],
         )
-        bias = step[BIAS] + 4 * k
+        bias = step[r.BIAS] + 4 * k
         y = memory_at + 4 * (b.base + k * b.channel)
         x = memory_at + 4 * a.base
         residual = memory_at + 4 * (other.base + k * other.channel) if other.base >= 0 else 0
@@ -62,21 +61,23 @@ def conv_item(memory: Any, memory_at: int, step: Any, tables: Any, item: int, ba
             width = width_of(step, last - v)
             shift = 4 * v * lanes
             beside = residual + shift if residual else 0
-            mask = step[MASK] + v * mask_bytes
-            if step[OP] == CONV_NM:
+            mask = step[r.MASK] + v * mask_bytes
+            if step[r.OP] == r.CONV_NM:
                 call(
                     kernel_of(step, width),
                     (
-                        x + shift, values, tables[at + TILE_INDICES], offsets, count, 4 * a.channel, y + shift,
-                        4 * b.channel, bias, beside, 4 * other.channel, mask, rows, step[BOUNDS],
+                        x + shift, values, tables[at + r.TILE_INDICES], offsets, count,
+                        4 * a.channel, y + shift, 4 * b.channel, bias, beside, 4 * other.channel,
+                        mask, rows, step[r.BOUNDS],
                     ),
                 )  # fmt: skip
             else:
                 call(
                     kernel_of(step, width),
                     (
-                        x + shift, values, offsets, count, 4 * a.channel, y + shift, 4 * b.channel, bias, beside,
-                        4 * other.channel, mask, rows, step[BOUNDS],
+                        x + shift, values, offsets, count,
+                        4 * a.channel, y + shift, 4 * b.channel, bias, beside, 4 * other.channel,
+                        mask, rows, step[r.BOUNDS],
                     ),
                 )  # fmt: skip
             v += width
@@ -84,5 +85,5 @@ def conv_item(memory: Any, memory_at: int, step: Any, tables: Any, item: int, ba
             start = b.base + channel * b.channel
             if first == 0:
                 memory[start - b.margin : start] = 0
-            if last == step[VECTORS]:
+            if last == step[r.VECTORS]:
                 memory[start + run : start + run + b.margin] = 0

@@ -1,7 +1,7 @@
-"""Copies that change shape or layout: input, output, slices, padding, flattening, phase planes of strided convolutions.
+"""Copies that change shape or layout: input, output, slices, padding, flattening, phase planes.
 
-One loop serves all: an output pixel (c, y, x) comes from the input pixel ``scale * (c, y, x) + shift``, or is zero where
-that lies outside.
+One loop serves all: an output pixel (c, y, x) comes from the input pixel
+``scale * (c, y, x) + shift``, or is zero where that lies outside.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ from typing import Any
 
 from numba import njit
 
-from .views import CHUNK, PLANE_SHIFTS, PLANES, SCALE, SHIFT, SOURCE, TARGET, view, zero_around
+from . import records as r
+from .records import view, zero_around
 
 
 @njit(cache=True, nogil=True)
 def copy_item(source: Any, target: Any, step: Any, tables: Any, item: int, batch: int) -> None:
     """Copy one chunk of output channels."""
-    a, b = view(step, SOURCE), view(step, TARGET)
-    planes = step[PLANES]
-    for channel in range(item * step[CHUNK], min(b.channels, (item + 1) * step[CHUNK])):
-        from_channel = channel // planes * step[SCALE] + step[SHIFT]
-        at = step[PLANE_SHIFTS] + 2 * (channel % planes)
-        shift_y = step[SHIFT + 1] + tables[at]
-        shift_x = step[SHIFT + 2] + tables[at + 1]
-        scale_y, scale_x = step[SCALE + 1], step[SCALE + 2]
+    a, b = view(step, r.SOURCE), view(step, r.TARGET)
+    planes = step[r.PLANES]
+    for channel in range(item * step[r.CHUNK], min(b.channels, (item + 1) * step[r.CHUNK])):
+        from_channel = channel // planes * step[r.SCALE] + step[r.SHIFT]
+        at = step[r.PLANE_SHIFTS] + 2 * (channel % planes)
+        shift_y = step[r.SHIFT + 1] + tables[at]
+        shift_x = step[r.SHIFT + 2] + tables[at + 1]
+        scale_y, scale_x = step[r.SCALE + 1], step[r.SCALE + 2]
         inside = 0 <= from_channel < a.channels
         # output columns whose input column exists
         low = min(b.width, max(0, -(shift_x // scale_x)))

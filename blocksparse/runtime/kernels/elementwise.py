@@ -1,4 +1,4 @@
-"""Elementwise operations that could not be fused into a product: sums, gates, per-channel scales, activations."""
+"""Elementwise operations that no product could take in: sums, gates, scales, activations."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from .views import (
-    ACTIVATION, ADD, AFFINE, CHUNK, FUNCTION, MUL, MUL_CHANNEL, OTHER, SCALE_AT, SHIFT_AT, SOURCE, TARGET, view,
-    zero_around,
-)  # fmt: skip
+from . import records as r
+from .records import view, zero_around
 
 NONE, RELU, RELU6, SIGMOID, HARDSIGMOID, SILU, HARDSWISH = range(7)
 
@@ -49,9 +47,9 @@ def activate(values: Any, kind: int) -> None:
 @njit(cache=True, nogil=True)
 def elementwise_item(memory: Any, step: Any, vectors: Any, item: int, batch: int) -> None:
     """Compute one chunk of channels; source and target may be the same place."""
-    a, b, other = view(step, SOURCE), view(step, TARGET), view(step, OTHER)
-    function = step[FUNCTION]
-    for channel in range(item * step[CHUNK], min(b.channels, (item + 1) * step[CHUNK])):
+    a, b, other = view(step, r.SOURCE), view(step, r.TARGET), view(step, r.OTHER)
+    function = step[r.FUNCTION]
+    for channel in range(item * step[r.CHUNK], min(b.channels, (item + 1) * step[r.CHUNK])):
         for n in range(batch):
             for y in range(b.height):
                 at = b.base + channel * b.channel + n * b.image + y * b.row
@@ -59,27 +57,27 @@ def elementwise_item(memory: Any, step: Any, vectors: Any, item: int, batch: int
                 at = a.base + channel * a.channel + n * a.image + y * a.row
                 left = memory[at : at + b.width]
                 at = other.base + channel * other.channel + n * other.image
-                if function == ADD or function == MUL:
+                if function == r.ADD or function == r.MUL:
                     right = memory[at + y * other.row : at + y * other.row + b.width]
-                    if function == ADD:
+                    if function == r.ADD:
                         for x in range(b.width):
                             out[x] = left[x] + right[x]
                     else:
                         for x in range(b.width):
                             out[x] = left[x] * right[x]
-                elif function == MUL_CHANNEL:
+                elif function == r.MUL_CHANNEL:
                     gate = memory[at]
                     for x in range(b.width):
                         out[x] = left[x] * gate
-                elif function == AFFINE:
+                elif function == r.AFFINE:
                     scale, shift = (
-                        vectors[step[SCALE_AT] + channel],
-                        vectors[step[SHIFT_AT] + channel],
+                        vectors[step[r.SCALE_AT] + channel],
+                        vectors[step[r.SHIFT_AT] + channel],
                     )
                     for x in range(b.width):
                         out[x] = left[x] * scale + shift
                 else:
                     for x in range(b.width):
                         out[x] = left[x]
-                activate(out, step[ACTIVATION])
+                activate(out, step[r.ACTIVATION])
         zero_around(memory, b, channel, batch)

@@ -56,7 +56,7 @@ def load_acquire(typing_context: Any, address: Any) -> Any:
 
 @intrinsic
 def pause(typing_context: Any) -> Any:
-    """Tell the processor that this is a waiting loop; does nothing where there is no such instruction."""
+    """Tell the processor that this is a waiting loop, where there is an instruction for it."""
     signature = types.void()
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:

@@ -6,39 +6,37 @@ from typing import Any
 
 from numba import njit
 
+from . import records as r
 from .intrinsics import call
-from .views import (
-    BIAS, BOUNDS, KERNELS, LINEAR_NM, OP, PARTS, SOURCE, TARGET, TILE_COUNT, TILE_FIELDS, TILE_FIRST, TILE_INDICES,
-    TILE_OFFSETS, TILE_ROWS, TILE_VALUES, TILES, view,
-)  # fmt: skip
+from .records import view
 
 
 @njit(cache=True, nogil=True)
 def linear_item(memory_at: int, step: Any, tables: Any, item: int, batch: int) -> None:
     """Compute one part of the output features for all images."""
-    a, b = view(step, SOURCE), view(step, TARGET)
-    for tile in range(tables[step[PARTS] + item], tables[step[PARTS] + item + 1]):
-        at = step[TILES] + tile * TILE_FIELDS
-        k, rows = tables[at + TILE_FIRST], tables[at + TILE_ROWS]
+    a, b = view(step, r.SOURCE), view(step, r.TARGET)
+    for tile in range(tables[step[r.PARTS] + item], tables[step[r.PARTS] + item + 1]):
+        at = step[r.TILES] + tile * r.TILE_FIELDS
+        k, rows = tables[at + r.TILE_FIRST], tables[at + r.TILE_ROWS]
         values, offsets, count = (
-            tables[at + TILE_VALUES],
-            tables[at + TILE_OFFSETS],
-            tables[at + TILE_COUNT],
+            tables[at + r.TILE_VALUES],
+            tables[at + r.TILE_OFFSETS],
+            tables[at + r.TILE_COUNT],
         )
-        bias = step[BIAS] + 4 * k
+        bias = step[r.BIAS] + 4 * k
         n = 0
         while n < batch:
             left = batch - n
             width = 4 if left >= 4 else 2 if left >= 2 else 1
-            kernel = step[KERNELS + width // 2]
+            kernel = step[r.KERNELS + width // 2]
             x = memory_at + 4 * (a.base + n * a.image)
             y = memory_at + 4 * (b.base + n * b.image + k)
-            if step[OP] == LINEAR_NM:
+            if step[r.OP] == r.LINEAR_NM:
                 call(
                     kernel,
                     (
-                        x, 4 * a.image, values, tables[at + TILE_INDICES], offsets, count, y, 4 * b.image, bias, rows,
-                        step[BOUNDS],
+                        x, 4 * a.image, values, tables[at + r.TILE_INDICES], offsets, count,
+                        y, 4 * b.image, bias, rows, step[r.BOUNDS],
                     ),
                 )  # fmt: skip
             else:
@@ -54,7 +52,7 @@ def linear_item(memory_at: int, step: Any, tables: Any, item: int, batch: int) -
                         4 * b.image,
                         bias,
                         rows,
-                        step[BOUNDS],
+                        step[r.BOUNDS],
                     ),
                 )
             n += width

@@ -1,8 +1,8 @@
 """Compiled micro-kernels: built once for a machine, kept on disk, loaded in milliseconds.
 
-Numba's own cache cannot keep code that is written at run time, so the micro-kernels are LLVM modules of their own with
-an object cache on disk. The key covers the code, the processor and the library versions, so a stale object is never
-loaded; a damaged one is compiled again.
+Numba's own cache cannot keep code that is written at run time, so the micro-kernels are LLVM
+modules of their own with an object cache on disk. The key covers the code, the processor and the
+library versions, so a stale object is never loaded; a damaged one is compiled again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 import llvmlite
 import llvmlite.binding as llvm
 
-from .microkernels import Kernel, write
+from .microkernels import write
 from .target import Target, describe, host
+from .writer import Kernel
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -28,7 +29,10 @@ _engines: list[llvm.ExecutionEngine] = []  # the code lives as long as its engin
 
 
 def cache_folder() -> Path:
-    """Return the folder that keeps compiled kernels; ``BLOCKSPARSE_CACHE`` overrides the platform's usual place."""
+    """Return the folder that keeps compiled kernels.
+
+    The environment variable ``BLOCKSPARSE_CACHE`` overrides the platform's usual place.
+    """
     if custom := os.environ.get("BLOCKSPARSE_CACHE"):
         return Path(custom)
     if sys.platform == "win32":
@@ -92,7 +96,7 @@ def _compile(kernel: Kernel, target: Target) -> int:
 
 
 def _save(path: Path, code: bytes) -> None:
-    """Keep an object with its checksum; a cache that cannot be written costs time, never correctness."""
+    """Keep an object with its checksum; a cache that cannot be written only costs time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

@@ -1,6 +1,7 @@
 """Pools: maximum and average over windows, and averages over an adaptive grid.
 
-Windows are separable: rows are combined first, along contiguous pixels where the loop vectorises, then columns.
+Windows are separable: rows are combined first, along contiguous pixels where the loop vectorises,
+then columns.
 """
 
 from __future__ import annotations
@@ -10,35 +11,33 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from .views import (
-    CHUNK, COUNT_PAD, DILATION_H, DILATION_W, KERNEL_H, KERNEL_W, KIND, MAX_POOL, PAD_H, PAD_W, SOURCE,
-    STRIDE_H, STRIDE_W, TARGET, view, zero_around,
-)  # fmt: skip
+from . import records as r
+from .records import view, zero_around
 
 
 @njit(cache=True, nogil=True)
 def pool_item(memory: Any, step: Any, item: int, batch: int) -> None:
     """Pool one chunk of channels."""
-    a, b = view(step, SOURCE), view(step, TARGET)
-    kind, pad_w = step[KIND], step[PAD_W]
-    kernel_h, kernel_w, stride_w = step[KERNEL_H], step[KERNEL_W], step[STRIDE_W]
-    reach = (b.width - 1) * stride_w + (kernel_w - 1) * step[DILATION_W] + 1
+    a, b = view(step, r.SOURCE), view(step, r.TARGET)
+    kind, pad_w = step[r.KIND], step[r.PAD_W]
+    kernel_h, kernel_w, stride_w = step[r.KERNEL_H], step[r.KERNEL_W], step[r.STRIDE_W]
+    reach = (b.width - 1) * stride_w + (kernel_w - 1) * step[r.DILATION_W] + 1
     line = np.empty(max(reach, pad_w + a.width), np.float32)
-    empty = np.float32(-np.inf) if kind == MAX_POOL else np.float32(0)
+    empty = np.float32(-np.inf) if kind == r.MAX_POOL else np.float32(0)
     line[:] = empty
     pixels = line[pad_w : pad_w + a.width]
-    for channel in range(item * step[CHUNK], min(b.channels, (item + 1) * step[CHUNK])):
+    for channel in range(item * step[r.CHUNK], min(b.channels, (item + 1) * step[r.CHUNK])):
         for n in range(batch):
             source = a.base + channel * a.channel + n * a.image
             target = b.base + channel * b.channel + n * b.image
             for y in range(b.height):
-                top = y * step[STRIDE_H] - step[PAD_H]
+                top = y * step[r.STRIDE_H] - step[r.PAD_H]
                 pixels[:] = empty
                 for i in range(kernel_h):
-                    from_y = top + i * step[DILATION_H]
+                    from_y = top + i * step[r.DILATION_H]
                     if 0 <= from_y < a.height:
                         row = memory[source + from_y * a.row : source + from_y * a.row + a.width]
-                        if kind == MAX_POOL:
+                        if kind == r.MAX_POOL:
                             for x in range(a.width):
                                 # a NaN wins, as in PyTorch
                                 if row[x] > pixels[x] or row[x] != row[x]:
@@ -47,19 +46,19 @@ def pool_item(memory: Any, step: Any, item: int, batch: int) -> None:
                             for x in range(a.width):
                                 pixels[x] += row[x]
                 out = memory[target + y * b.row : target + y * b.row + b.width]
-                if kind == MAX_POOL:
-                    _max_columns(line, out, kernel_w, stride_w, step[DILATION_W])
+                if kind == r.MAX_POOL:
+                    _max_columns(line, out, kernel_w, stride_w, step[r.DILATION_W])
                 else:
-                    # rows and columns of the window, cut at the padded image, or at the image itself
+                    # rows and columns of the window, cut at the padded image or at the image
                     bottom = top + kernel_h
-                    if step[COUNT_PAD]:
-                        rows = min(bottom, a.height + step[PAD_H]) - top
+                    if step[r.COUNT_PAD]:
+                        rows = min(bottom, a.height + step[r.PAD_H]) - top
                     else:
                         rows = min(bottom, a.height) - max(top, 0)
                     for x in range(b.width):
                         left = x * stride_w - pad_w
                         right = left + kernel_w
-                        if step[COUNT_PAD]:
+                        if step[r.COUNT_PAD]:
                             columns = min(right, a.width + pad_w) - left
                         else:
                             columns = min(right, a.width) - max(left, 0)
@@ -93,9 +92,12 @@ def _max_columns(line: Any, out: Any, kernel: int, stride: int, dilation: int) -
 
 @njit(cache=True, nogil=True)
 def adaptive_pool_item(memory: Any, step: Any, item: int, batch: int) -> None:
-    """Average one chunk of channels over PyTorch's adaptive windows: floor(i*H/h) to ceil((i+1)*H/h)."""
-    a, b = view(step, SOURCE), view(step, TARGET)
-    for channel in range(item * step[CHUNK], min(b.channels, (item + 1) * step[CHUNK])):
+    """Average one chunk of channels over an adaptive grid.
+
+    Window i of h spans rows floor(i * H / h) to ceil((i + 1) * H / h), as in PyTorch.
+    """
+    a, b = view(step, r.SOURCE), view(step, r.TARGET)
+    for channel in range(item * step[r.CHUNK], min(b.channels, (item + 1) * step[r.CHUNK])):
         for n in range(batch):
             source = a.base + channel * a.channel + n * a.image
             target = b.base + channel * b.channel + n * b.image

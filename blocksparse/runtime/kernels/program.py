@@ -1,9 +1,10 @@
 """A whole network in one compiled call.
 
-Every thread walks the same list of steps and takes work items from a shared counter until a step has none left, then
-waits for the items that others are still computing. Nobody waits for a thread to arrive: a helper that the operating
-system starts late, or never, only leaves more items to the others. An item always computes the same outputs in the same
-order, so results do not depend on the number of threads.
+Every thread walks the same list of steps and takes work items from a shared counter until a step
+has none left, then waits for the items that others are still computing. Nobody waits for a thread
+to arrive: a helper that the operating system starts late, or never, only leaves more items to the
+others. An item always computes the same outputs in the same order, so results do not depend on the
+number of threads.
 """
 
 from __future__ import annotations
@@ -12,29 +13,17 @@ from typing import Any
 
 from numba import njit
 
+from . import records as r
 from .convolution import conv_item
 from .copying import copy_item
 from .elementwise import elementwise_item
 from .intrinsics import fetch_add, give_way, load_acquire, pause
 from .linear import linear_item
 from .pooling import adaptive_pool_item, pool_item
-from .views import (
-    ADAPTIVE_POOL,
-    CONV,
-    CONV_NM,
-    COPY,
-    ELEMENTWISE,
-    ITEMS,
-    LINEAR,
-    LINEAR_NM,
-    LOAD,
-    OP,
-    POOL,
-    STORE,
-)
 
 COUNTER_STRIDE = 16
-"""int64 counters from one step to the next; taken and finished items lie on cache lines of their own."""
+"""int64 counters from one step to the next; taken and finished items lie on cache lines of their
+own."""
 
 PATIENCE = 2000
 """Rounds of the waiting loop, tens of microseconds, before the core is offered to others."""
@@ -42,7 +31,8 @@ PATIENCE = 2000
 
 @njit(cache=True, nogil=True)
 def run(
-    program: Any, tables: Any, vectors: Any, memory: Any, memory_at: int, counters_at: int, x: Any, y: Any, batch: int,
+    program: Any, tables: Any, vectors: Any, memory: Any, memory_at: int, counters_at: int, x: Any,
+    y: Any, batch: int,
 ) -> None:  # fmt: skip
     """Run a program, or help to.
 
@@ -65,7 +55,7 @@ def run(
     """
     for s in range(program.shape[0]):
         step = program[s]
-        items = step[ITEMS]
+        items = step[r.ITEMS]
         taken = counters_at + 8 * COUNTER_STRIDE * s
         finished = taken + 64
         while True:
@@ -84,22 +74,23 @@ def run(
 
 @njit(cache=True, nogil=True)
 def _run_item(
-    step: Any, tables: Any, vectors: Any, memory: Any, memory_at: int, x: Any, y: Any, item: int, batch: int,
+    step: Any, tables: Any, vectors: Any, memory: Any, memory_at: int, x: Any, y: Any, item: int,
+    batch: int,
 ) -> None:  # fmt: skip
-    op = step[OP]
-    if op == CONV or op == CONV_NM:
+    op = step[r.OP]
+    if op == r.CONV or op == r.CONV_NM:
         conv_item(memory, memory_at, step, tables, item, batch)
-    elif op == LINEAR or op == LINEAR_NM:
+    elif op == r.LINEAR or op == r.LINEAR_NM:
         linear_item(memory_at, step, tables, item, batch)
-    elif op == POOL:
+    elif op == r.POOL:
         pool_item(memory, step, item, batch)
-    elif op == ADAPTIVE_POOL:
+    elif op == r.ADAPTIVE_POOL:
         adaptive_pool_item(memory, step, item, batch)
-    elif op == ELEMENTWISE:
+    elif op == r.ELEMENTWISE:
         elementwise_item(memory, step, vectors, item, batch)
-    elif op == COPY:
+    elif op == r.COPY:
         copy_item(memory, memory, step, tables, item, batch)
-    elif op == LOAD:
+    elif op == r.LOAD:
         copy_item(x, memory, step, tables, item, batch)
-    elif op == STORE:
+    elif op == r.STORE:
         copy_item(memory, y, step, tables, item, batch)

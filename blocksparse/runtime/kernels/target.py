@@ -21,8 +21,8 @@ class Target:
     rows : int
         Output channels in the largest register tile.
     vectors : int
-        Vectors of pixels in the largest register tile. ``rows * vectors`` accumulators, ``vectors`` inputs and one
-        broadcast weight have to fit the register file.
+        Vectors of pixels in the largest register tile. ``rows * vectors`` accumulators, ``vectors``
+        inputs and one broadcast weight have to fit the register file.
     """
 
     triple: str
@@ -33,8 +33,8 @@ class Target:
     vectors: int
 
 
-# Tiles measured on 56x56 to 7x7 planes at 50 % density. AVX-512 and NEON have 32 vector registers (24 accumulators),
-# AVX2 has 16 (12 accumulators).
+# AVX-512 and NEON have 32 vector registers, room for 24 accumulators; AVX2 and SSE have 16, room
+# for 12.
 _WIDE = {"lanes": 16, "rows": 8, "vectors": 3}
 _AVX2 = {"lanes": 8, "rows": 4, "vectors": 3}
 _NEON = {"lanes": 4, "rows": 8, "vectors": 3}
@@ -69,8 +69,8 @@ def tile_for(triple: str, features: str) -> dict[str, int]:
 def host() -> Target:
     """Describe the processor this process runs on.
 
-    Honours ``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES``, so that one pair of variables switches off AVX-512 for
-    Numba's loops and for the micro-kernels alike.
+    Honours ``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES``, so that one pair of variables switches
+    off AVX-512 for Numba's loops and for the micro-kernels alike.
 
     Returns
     -------
@@ -93,4 +93,5 @@ def host() -> Target:
 def describe(target: Target) -> str:
     """Name a target in one line, for tables and cache folders."""
     bits = 32 * target.lanes
-    return f"{platform.machine()} {target.cpu}, {bits}-bit vectors, {target.rows}x{target.vectors} tile"
+    tile = f"{target.rows}x{target.vectors}"
+    return f"{platform.machine()} {target.cpu}, {bits}-bit vectors, {tile} register tile"

@@ -1,6 +1,7 @@
 """The records of a program, and the shapes its loops work on.
 
-A program is an int64 table, one row per step. This module is the one place that knows what stands in which column.
+A program is an int64 table, one row per step. This module is the one place that knows what stands
+in which column.
 """
 
 from __future__ import annotations

@@ -1,0 +1,165 @@
+"""The grammar of a micro-kernel: addresses, vectors, the counted loop and the clamp at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+I8 = ir.IntType(8)
+I32 = ir.IntType(32)
+I64 = ir.IntType(64)
+F32 = ir.FloatType()
+FLOAT_BYTES = 4
+
+Body = Callable[[list[ir.Value]], list[ir.Value]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A micro-kernel by its parameters.
+
+    Parameters
+    ----------
+    op : {"sparse_conv", "nm_conv", "sparse_linear", "nm_linear"}
+        Which product.
+    rows : int
+        Output channels in the tile.
+    columns : int
+        Input channels of a block; for N:M the nonzeros kept of each group (n).
+    width : int
+        Vectors of pixels, or images for the linear products.
+    group : int
+        For N:M the group length m, else 0.
+    """
+
+    op: str
+    rows: int
+    columns: int
+    width: int
+    group: int = 0
+
+    @property
+    def name(self) -> str:
+        """The symbol: dtype, pattern, op, tile."""
+        pattern, op = self.op.split("_")
+        if pattern == "nm":
+            block = f"nm{self.columns}of{self.group}"
+        else:
+            block = f"bsr{self.rows}x{self.columns}"
+        return f"f32_{block}_{op}_{'v' if op == 'conv' else 't'}{self.width}"
+
+
+def index_bits(m: int) -> int:
+    """Bits of one packed N:M index: the smallest of 1, 2, 4, 8 that holds 0..m-1."""
+    return next(bits for bits in (1, 2, 4, 8) if m <= 1 << bits)
+
+
+class Writer:
+    """Writes one micro-kernel; what the products share.
+
+    Parameters
+    ----------
+    module : ir.Module
+        Receives the function.
+    kernel : Kernel
+        What to write.
+    lanes : int
+        float32 values in one vector register.
+    """
+
+    arguments: tuple[str, ...]
+
+    def __init__(self, module: ir.Module, kernel: Kernel, lanes: int) -> None:
+        self.kernel = kernel
+        self.lanes = lanes
+        self.vector = ir.VectorType(F32, lanes)
+        signature = ir.FunctionType(ir.VoidType(), [I64] * len(self.arguments))
+        self.function = ir.Function(module, signature, name=kernel.name)
+        self.arg = dict(zip(self.arguments, self.function.args, strict=True))
+        self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
+        self.fmas: dict[ir.Type, ir.Function] = {}
+
+    def load(self, kind: ir.Type, address: ir.Value, align: int = FLOAT_BYTES) -> ir.Value:
+        """Read a value of a kind at an address."""
+        pointer = self.builder.inttoptr(address, kind.as_pointer())
+        return self.builder.load(pointer, align=align)
+
+    def store(self, value: ir.Value, address: ir.Value) -> None:
+        """Write a value at an address."""
+        pointer = self.builder.inttoptr(address, value.type.as_pointer())
+        self.builder.store(value, pointer, align=FLOAT_BYTES)
+
+    def step(self, address: ir.Value, count: int) -> ir.Value:
+        """``address`` plus ``count`` bytes."""
+        return self.builder.add(address, I64(count)) if count else address
+
+    def splat(self, scalar: ir.Value, vector: ir.VectorType) -> ir.Value:
+        """Return a vector of equal values."""
+        b = self.builder
+        first = b.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
+        lanes = ir.Constant(ir.VectorType(I32, vector.count), None)
+        return b.shuffle_vector(first, ir.Constant(vector, ir.Undefined), lanes)
+
+    def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """Return ``a * b + c``, rounded once."""
+        # llvmlite's own helper cannot spell vector types, so the intrinsic is declared by name.
+        kind = a.type
+        if kind not in self.fmas:
+            name = (
+                f"llvm.fma.v{kind.count}f32" if isinstance(kind, ir.VectorType) else "llvm.fma.f32"
+            )
+            self.fmas[kind] = ir.Function(
+                self.function.module, ir.FunctionType(kind, [kind] * 3), name=name
+            )
+        return self.builder.call(self.fmas[kind], [a, b, c])
+
+    def clamp(self, value: ir.Value) -> ir.Value:
+        """Bound a value by the two floats at ``bounds``; NaN passes, as in PyTorch's ReLU."""
+        b = self.builder
+        low, high = (self.load(F32, self.step(self.arg["bounds"], i * FLOAT_BYTES)) for i in (0, 1))
+        if isinstance(value.type, ir.VectorType):
+            low, high = self.splat(low, value.type), self.splat(high, value.type)
+        value = b.select(b.fcmp_ordered("<", value, low), low, value)
+        return b.select(b.fcmp_ordered(">", value, high), high, value)
+
+    def nm_index(self, bit: ir.Value) -> ir.Value:
+        """Read the packed index that starts at a bit of ``indices``."""
+        b = self.builder
+        bits = index_bits(self.kernel.group)
+        at = b.add(self.arg["indices"], b.lshr(bit, I64(3)))
+        byte = b.zext(self.load(I8, at, align=1), I64)
+        return b.and_(b.lshr(byte, b.and_(bit, I64(7))), I64((1 << bits) - 1))
+
+    def loop(self, start: list[ir.Value], body: Body) -> list[ir.Value]:
+        """Run ``body(state) -> state`` ``count`` times, the state carried in registers."""
+        b = self.builder
+        before = b.block
+        head = self.function.append_basic_block("loop")
+        after = self.function.append_basic_block("done")
+        count = self.arg["count"]
+        b.cbranch(b.icmp_signed(">", count, I64(0)), head, after)
+        b.position_at_end(head)
+        left = b.phi(I64)
+        left.add_incoming(count, before)
+        state = []
+        for value in start:
+            phi = b.phi(value.type)
+            phi.add_incoming(value, before)
+            state.append(phi)
+        result = body(state)
+        remaining = b.sub(left, I64(1))
+        left.add_incoming(remaining, b.block)
+        for phi, value in zip(state, result, strict=True):
+            phi.add_incoming(value, b.block)
+        tail = b.block
+        b.cbranch(b.icmp_signed(">", remaining, I64(0)), head, after)
+        b.position_at_end(after)
+        final = []
+        for value, end in zip(start, result, strict=True):
+            phi = b.phi(value.type)
+            phi.add_incoming(value, before)
+            phi.add_incoming(end, tail)
+            final.append(phi)
+        return final

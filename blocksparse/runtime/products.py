@@ -1,0 +1,211 @@
+"""Records of convolutions and linear layers: kernels, offsets, panels, parts."""
+
+# S kernel steps, T row tiles, N images
+
+from __future__ import annotations
+
+from math import inf
+
+import numpy as np
+import numpy.typing as npt
+
+from blocksparse.format import Node
+
+from . import layout
+from .kernels import objects, records
+from .kernels.target import Target
+from .kernels.writer import Kernel
+from .layout import Layout
+from .prepack import Packed
+from .steps import Step
+from .tables import Tables
+
+PANEL_BYTES = 256 * 1024
+"""Input of one panel of pixels: a quarter of a common second-level cache; weights pass by it."""
+
+ITEMS = 16
+"""Work items that a large step is cut into: enough for a few threads to finish together."""
+
+BOUNDS = {"none": (-inf, inf), "relu": (0.0, inf), "relu6": (0.0, 6.0)}
+"""The activations in `steps.CLAMPS`, as the bounds they clamp to."""
+
+KERNELS: dict[int, tuple[str, tuple[int, ...]]] = {
+    records.CONV: ("sparse_conv", (1, 2, 3)),
+    records.CONV_NM: ("nm_conv", (1, 2, 4, 8)),
+    records.LINEAR: ("sparse_linear", (1, 2, 4)),
+    records.LINEAR_NM: ("nm_linear", (1, 2, 4)),
+}
+"""Micro-kernel and its widths by step: vectors of pixels, or images for linear layers."""
+
+
+def kernel_for(op: int, packed: Packed, width: int) -> Kernel:
+    """Return the micro-kernel of a product at one width."""
+    return Kernel(KERNELS[op][0], packed.rows, packed.columns, width, packed.group)
+
+
+def fill_linear(
+    record: npt.NDArray[np.int64],
+    step: Step,
+    packed: Packed,
+    bias: npt.NDArray[np.float32],
+    target: Target,
+    tables: Tables,
+) -> None:
+    """Fill the record of a linear layer; its layouts are there already."""
+    record[records.ITEMS] = _fill(
+        record, step, packed, packed.channels, bias, target, tables, ITEMS
+    )
+
+
+def fill_conv(
+    record: npt.NDArray[np.int64],
+    step: Step,
+    packed: Packed,
+    bias: npt.NDArray[np.float32],
+    target: Target,
+    tables: Tables,
+    source: Layout,
+    output: Layout,
+    kernel: tuple[int, int],
+    batch: int,
+) -> None:
+    """Fill the record of a convolution, the layout of its input included."""
+    planes = len(layout.phases(step.node, kernel)) if layout.is_strided(step.node) else 1
+    offsets = conv_offsets(step.node, packed, source, kernel)
+    # one channel's phase planes lie before the next channel
+    record[records.SOURCE + 1] = source.channel * planes
+    lanes = target.lanes
+    vectors = -(-output.run(batch) // lanes)
+    widest = KERNELS[step.op][1][-1]
+    channels = source.channels // planes
+    panel = max(1, PANEL_BYTES // (4 * lanes * channels * widest)) * widest
+    panels = -(-vectors // panel)
+    panel = -(-vectors // panels)
+    panels = -(-vectors // panel)
+    record[records.VECTORS] = vectors
+    record[records.PANEL] = panel
+    record[records.LANES] = lanes
+    record[records.MASK] = tables.address(pixel_mask(output, batch, lanes))
+    parts = _fill(record, step, packed, offsets, bias, target, tables, -(-ITEMS // panels))
+    record[records.ITEMS] = panels * parts
+
+
+def conv_offsets(
+    node: Node, packed: Packed, source: Layout, kernel: tuple[int, int]
+) -> npt.NDArray[np.int32]:
+    """Place every kernel step's first input relative to the output pixel.
+
+    Parameters
+    ----------
+    node : Node
+        The convolution.
+    packed : Packed
+        Its weight: input channel and kernel position of every step.
+    source : Layout
+        Its input, or the phase planes of its input.
+    kernel : tuple of int
+        Kernel height and width.
+
+    Returns
+    -------
+    ndarray of int32, shape (S,)
+        Distances in floats.
+    """
+    row, column = np.divmod(packed.positions.astype(np.int64), kernel[1])
+    y, x = row * node.attrs["dilation"][0], column * node.attrs["dilation"][1]
+    channel = packed.channels.astype(np.int64)
+    if layout.is_strided(node):
+        order = layout.phases(node, kernel)
+        (y, a), (x, b) = (
+            np.divmod(y, node.attrs["stride"][0]),
+            np.divmod(x, node.attrs["stride"][1]),
+        )
+        plane = np.zeros(node.attrs["stride"], np.int64)
+        for place, phase in enumerate(order):
+            plane[phase] = place
+        channel = channel * len(order) + plane[a, b]
+    else:
+        y, x = y - node.attrs["padding"][0], x - node.attrs["padding"][1]
+    return (channel * source.channel + y * source.row + x).astype(np.int32)
+
+
+def pixel_mask(where: Layout, batch: int, lanes: int) -> npt.NDArray[np.uint8]:
+    """Mark the pixels of a run that belong to an image, one bit each.
+
+    Parameters
+    ----------
+    where : Layout
+        The output.
+    batch : int
+        Images.
+    lanes : int
+        Pixels of one vector.
+
+    Returns
+    -------
+    ndarray of uint8, 1-D
+        ``max(1, lanes // 8)`` whole bytes per vector, first pixel in the lowest bit.
+    """
+    run = where.run(batch)
+    place = np.arange(layout.round_up(run, lanes))
+    within = place % where.image
+    inside = (
+        (place < run) & (within // where.row < where.height) & (within % where.row < where.width)
+    )
+    return np.packbits(inside.reshape(-1, lanes), axis=1, bitorder="little").reshape(-1)
+
+
+def balanced(work: list[int], parts: int) -> list[int]:
+    """Cut tiles into at most `parts` runs of about equal work.
+
+    Parameters
+    ----------
+    work : list of int
+        Kernel steps of every tile, in order.
+    parts : int
+        Runs wanted.
+
+    Returns
+    -------
+    list of int
+        Boundaries, from 0 to ``len(work)``, strictly increasing.
+    """
+    # a tile without nonzeros still writes its outputs
+    total = np.cumsum([0, *(steps + 1 for steps in work)])
+    wanted = total[-1] * np.arange(parts + 1) / parts
+    return sorted({int(i) for i in np.searchsorted(total, wanted)} | {0, len(work)})
+
+
+def _fill(
+    record: npt.NDArray[np.int64],
+    step: Step,
+    packed: Packed,
+    offsets: npt.NDArray[np.int32],
+    bias: npt.NDArray[np.float32],
+    target: Target,
+    tables: Tables,
+    parts: int,
+) -> int:
+    """Fill what convolutions and linear layers share; return the number of parts."""
+    for place, width in enumerate(KERNELS[step.op][1]):
+        kernel = kernel_for(step.op, packed, width)
+        record[records.KERNELS + place] = objects.address(kernel, target)
+    values, indices = tables.address(packed.values), tables.address(packed.indices)
+    starts = tables.address(offsets)
+    rows = np.zeros((len(packed.tiles), records.TILE_FIELDS), np.int64)
+    for row, tile in zip(rows, packed.tiles, strict=True):
+        row[records.TILE_FIRST] = tile.first
+        row[records.TILE_ROWS] = tile.rows
+        row[records.TILE_VALUES] = values + 4 * tile.values
+        row[records.TILE_OFFSETS] = starts + 4 * tile.steps.start
+        row[records.TILE_COUNT] = tile.steps.stop - tile.steps.start
+        row[records.TILE_INDICES] = indices + tile.indices
+    record[records.TILES] = tables.integers(rows)
+    boundaries = balanced(rows[:, records.TILE_COUNT].tolist(), parts)
+    record[records.PARTS] = tables.integers(boundaries)
+    record[records.PARTS_COUNT] = len(boundaries) - 1
+    # the last tile may have fewer rows than its kernel reads
+    record[records.BIAS] = tables.address(np.append(bias, np.zeros(packed.rows, np.float32)))
+    bounds = np.array(BOUNDS[step.details["activation"]], np.float32)
+    record[records.BOUNDS] = tables.address(bounds)
+    return len(boundaries) - 1
