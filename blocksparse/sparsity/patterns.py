@@ -238,7 +238,7 @@ class VectorNM(Pattern):
         return Units(score.root(lost, size.clamp(min=1)), size, mask)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class NM(VectorNM):
     """At most ``n`` of every ``m`` consecutive input channels are nonzero.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from blocksparse.sparsity.allocation import (
     Allocation,
@@ -18,7 +18,7 @@ from blocksparse.sparsity.layers import FoundLayer, Layers, find_layers
 from blocksparse.sparsity.patterns import Block, Pattern
 from blocksparse.sparsity.plan import LayerPlan, Plan
 from blocksparse.sparsity.scores import Score, l2
-from blocksparse.sparsity.selection import Floors, most_zeros
+from blocksparse.sparsity.selection import Floors, most_zeros, protect
 
 FROM_MODEL = "from_model"
 
@@ -95,7 +95,7 @@ def resolve(
         raise ValueError(f"no layer is left to prune with {pattern}. The layers are: {listed}")
     try:
         goals = allocation.zeros(candidates, target, pattern.limit)
-        starts = _starts(network, candidates, pattern, score, initial, target)
+        starts = _starts(network, candidates, pattern, score, floors, initial, target)
     except Unreachable as error:
         raise ValueError(f"{_remedy(target, pattern, floors)} Details: {error}.") from error
     by_name = {
@@ -160,6 +160,7 @@ def _starts(
     candidates: list[Candidate],
     pattern: Pattern,
     score: Score,
+    floors: Floors,
     initial: float | str,
     target: float,
 ) -> list[int]:
@@ -169,9 +170,12 @@ def _starts(
             raise ValueError(f"sparsity.initial is a number or {FROM_MODEL!r}, not {initial!r}")
         starts = []
         for candidate in candidates:
-            units = pattern.units(network.get_submodule(candidate.name).weight, score)  # type: ignore[arg-type]
-            obeying = int(units.size[units.importance == 0].sum())
-            starts.append(min(obeying, candidate.most))
+            weight: Tensor = network.get_submodule(candidate.name).weight  # type: ignore[assignment]
+            units = pattern.units(weight, score)
+            # A zero unit that the floors keep is kept: it counts for nothing and may grow again.
+            kept = protect(pattern, tuple(weight.shape), units.importance, units.size, floors)
+            zero = (units.importance == 0) & ~kept
+            starts.append(min(int(units.size[zero].sum()), candidate.most))
         return starts
     if not 0.0 <= initial <= target:
         raise ValueError(

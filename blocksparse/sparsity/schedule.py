@@ -68,7 +68,7 @@ class Linear(Schedule):
         return share
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class OneShot(Schedule):
     """Everything at once.
 
