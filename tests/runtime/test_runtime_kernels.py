@@ -1,0 +1,88 @@
+"""The micro-kernels: code for other processors, the cache on disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import llvmlite.binding as llvm
+import pytest
+
+from blocksparse.runtime.kernels import objects
+from blocksparse.runtime.kernels.microkernels import Kernel, write
+from blocksparse.runtime.kernels.target import Target, host, tile_for
+
+KERNELS = [
+    Kernel("sparse_conv", 8, 8, 3),
+    Kernel("nm_conv", 1, 2, 4, 4),
+    Kernel("sparse_linear", 8, 8, 2),
+    Kernel("nm_linear", 1, 1, 2, 4),
+]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+@pytest.mark.parametrize(
+    ("triple", "cpu", "features", "fma"),
+    [
+        ("x86_64-unknown-linux-gnu", "znver4", "+avx512f,+avx2,+fma", "vfmadd"),
+        ("x86_64-unknown-linux-gnu", "x86-64-v3", "+avx2,+fma", "vfmadd"),
+        ("aarch64-unknown-linux-gnu", "generic", "+neon", "fmla"),
+    ],
+    ids=["avx512", "avx2", "neon"],
+)
+def test_one_source_gives_vector_fmas_everywhere(kernel, triple, cpu, features, fma):
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    target = Target(triple, cpu, features, **tile_for(triple, features))
+    module = llvm.parse_assembly(write(kernel, target))
+    module.verify()
+    machine = llvm.Target.from_triple(triple).create_target_machine(
+        cpu=cpu, features=features, opt=3
+    )
+    assembly = machine.emit_assembly(module)
+    if kernel.op == "nm_linear":  # a scalar product
+        fma = {"fmla": "fmadd"}.get(fma, fma)
+    assert fma in assembly
+    if "avx512" in features and kernel.op.endswith("conv"):
+        assert "zmm" in assembly
+
+
+def test_a_kernel_is_kept_on_disk_and_a_damaged_one_made_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path / "kernels"))
+    caplog.set_level(logging.INFO, "blocksparse")
+    kernel = Kernel("sparse_conv", 3, 2, 1)
+    target = host()
+    assert objects._compile(kernel, target) != 0
+    (path,) = (tmp_path / "kernels").glob("*.o")
+    assert "once on this machine" in caplog.text
+    caplog.clear()
+    assert objects._compile(kernel, target) != 0
+    assert not caplog.records, "loaded, not compiled"
+    good = path.read_bytes()
+    path.write_bytes(good[:40] + b"\0" * 8 + good[48:])
+    assert objects._compile(kernel, target) != 0
+    assert path.read_bytes() == good
+
+
+def test_a_cache_that_cannot_be_written_only_warns(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path / "file"))
+    assert objects._compile(Kernel("sparse_conv", 2, 3, 1), host()) != 0
+    assert "not kept" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("x86" not in host().triple, reason="switches off AVX-512")
+def test_the_runtime_without_avx512(tmp_path):
+    """The same tests, compiled for a processor with AVX2 only and with neither."""
+    for cpu, features in (("haswell", "+avx2,+fma,+avx"), ("x86-64", "")):
+        environment = {
+            **os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features,
+            "NUMBA_CACHE_DIR": str(tmp_path / cpu), "BLOCKSPARSE_CACHE": str(tmp_path / cpu),
+        }  # fmt: skip
+        where = os.path.join(os.path.dirname(__file__), "test_runtime_compiled.py")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", where]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:]

@@ -1,0 +1,155 @@
+"""Loading and calling a network: arguments, threads, processes, memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+from models import Builder, randoms
+
+from blocksparse.format import BsrWeight, DenseWeight, NMWeight, write
+from blocksparse.runtime import load, reference
+
+
+@pytest.fixture(scope="module")
+def model():
+    b = Builder((16, 24, 24))
+    x = b.conv("x", 64, layout=("bsr", (8, 8), 0.5))
+    x = b.conv(x, 64, layout=("nm", 2, 4), seed=1)
+    x = b.conv(x, 96, stride=(2, 2), seed=2)
+    flat = b.node("flatten", b.node("adaptive_avg_pool2d", x, output_size=(1, 1)))
+    b.linear(flat, 10)
+    return b.model()
+
+
+def test_many_python_threads_at_once(model):
+    network = load(model, threads=2)
+    images = [randoms(1 + i % 3, 16, 24, 24, seed=i) for i in range(6)]
+    expected = [network(x) for x in images]
+    wrong = []
+
+    def work(i):
+        equal = [np.array_equal(network(images[i]), expected[i]) for _ in range(20)]
+        wrong.extend([i] * equal.count(False))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+        assert not worker.is_alive(), "a call hangs"
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_after_a_fork(model, tmp_path):
+    """Helper threads do not survive a fork; calls in the child still end, with the same bits."""
+    path = tmp_path / "m.bsr.safetensors"
+    write(path, model)
+    program = """
+import os, sys, numpy as np, blocksparse
+network = blocksparse.load(sys.argv[1], threads=2)
+x = np.ones((1, *network.input_shape), np.float32)
+expected = network(x)
+child = os.fork()
+if child == 0:
+    os._exit(0 if np.array_equal(network(x), expected) else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(path)], timeout=120)
+    assert done.returncode == 0
+
+
+def test_threads_are_settable_and_checked(model):
+    network = load(model, threads=1)
+    network.threads = 3
+    assert network.threads == 3
+    for wrong in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match="threads must be an integer of at least 1"):
+            network.threads = wrong
+
+
+def test_engines(model, caplog, monkeypatch):
+    assert str(load(model).engine).startswith("compiled engine")
+    assert str(load(model, engine="reference").engine).startswith("reference engine")
+    with pytest.raises(ValueError, match="engine must be"):
+        load(model, engine="fast")
+    monkeypatch.setattr("numba.core.config.DISABLE_JIT", True)
+    with pytest.raises(RuntimeError, match="NUMBA_DISABLE_JIT"):
+        load(model, engine="compiled")
+    fallback = load(model)
+    assert "NUMBA_DISABLE_JIT" in str(fallback.engine)
+    assert "running in NumPy" in caplog.text
+    x = randoms(1, 16, 24, 24)
+    np.testing.assert_array_equal(fallback(x), reference.run(model, x))
+
+
+def test_explain_names_kernels_and_reasons(model):
+    text = str(load(model).explain())
+    for part in (
+        "f32_bsr8x8_conv_relu", "f32_nm2of4_conv_relu", "f32_bsr5x8_linear_none", "phase planes",
+        "8x8 blocks", "packed 2:4", "f32_adaptive_avg_pool2d",
+    ):  # fmt: skip
+        assert part in text
+    rows = load(model).explain().rows
+    assert [row.name for row in rows] == [node.name for node in model.graph.nodes]
+
+
+def test_wrong_inputs_say_what_was_expected(model):
+    network = load(model)
+    with pytest.raises(ValueError, match=r"\(N, 16, 24, 24\), has \(16, 24, 24\)"):
+        network(randoms(16, 24, 24))
+    with pytest.raises(ValueError, match="float32, is float64"):
+        network(randoms(1, 16, 24, 24).astype(np.float64))
+    assert network(np.zeros((0, 16, 24, 24), np.float32)).shape == (0, 10)
+
+
+def test_inputs_that_are_not_contiguous(model):
+    network = load(model)
+    x = randoms(2, 16, 24, 24)
+    np.testing.assert_array_equal(network(np.asfortranarray(x)), network(x))
+    np.testing.assert_array_equal(network(x[:, :, ::-1][:, :, ::-1]), network(x))
+
+
+def test_warmup_and_close(model):
+    network = load(model)
+    network.warmup(batch=2)
+    assert list(network.engine._ready) == [2]
+    network.close()
+    assert not network.engine._ready
+    assert network(randoms(1, 16, 24, 24)).shape == (1, 10)  # a closed network opens itself again
+
+
+def one_layer(layout):
+    b = Builder((256, 4, 4))
+    b.conv("x", 256, layout=layout, bias=False)
+    return b.model()
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "share"),
+    [(("bsr", (8, 8), 0.25), BsrWeight, 0.27), (("nm", 2, 4), NMWeight, 0.56),
+     (("nm", 1, 4), NMWeight, 0.29), ("dense", DenseWeight, 1.02)],
+    ids=str,
+)  # fmt: skip
+def test_no_dense_copy_of_a_sparse_weight(layout, kind, share):
+    """What an engine holds of a weight is its stored values and indices, and little else."""
+    model = one_layer(layout)
+    weight = next(iter(model.weights.values()))
+    assert isinstance(weight, kind)
+    dense = 4 * 256 * 256 * 9
+    load(model)(randoms(1, 256, 4, 4))  # compiled before memory is counted
+    tracemalloc.start()
+    network = load(model)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    packed = sum(s.packed.nbytes for s in network.engine.steps.steps if s.packed is not None)
+    assert packed <= share * dense
+    assert held <= 1.1 * share * dense
+    if kind is NMWeight:
+        assert peak <= 1.2 * share * dense
