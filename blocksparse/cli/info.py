@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from blocksparse.format import Model, Preprocessing, Weight
 
 SHOWN_CLASSES = 8
-SHOWN_CHARACTERS = 100  # of one value of the provenance
+SHOWN_CHARACTERS = 120  # of one line of the provenance
 
 EPILOG = """\
 examples:
@@ -201,14 +201,12 @@ def _summary(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "work", _kept_text(facts["flops_per_image"], " FLOPs per image")
     yield "classes", _classes_text(facts["classes"])
     yield "preprocessing", _preprocessing_text(facts["preprocessing"])
-    provenance = dict(_flatten(facts["provenance"]))
-    if not provenance:
-        yield "provenance", "not recorded"
-    for key, value in provenance.items():
-        text = ui.one_line(str(value))
+    provenance = dict(_flatten(facts["provenance"])) or {"": "not recorded"}
+    for index, (key, value) in enumerate(provenance.items()):
+        text = ui.one_line(f"{key}: {value}" if key else str(value))
         if len(text) > SHOWN_CHARACTERS:
             text = f"{text[:SHOWN_CHARACTERS]}... (--json shows all)"
-        yield ui.one_line(key), text
+        yield "provenance" if index == 0 else "", text
 
 
 def _kept_text(counts: Mapping[str, int], unit: str) -> str:
