@@ -38,9 +38,14 @@ class MaskedWeights:
         return {param: unpack_mask(bits, shapes[param]) for param, bits in self.packed.items()}
 
     def build(self, network: nn.Module, share: float) -> dict[str, Tensor]:
-        """Return packed masks for the weights as they are after ``share`` (0..1) of the ramp."""
+        """Return packed masks for the weights as they are after ``share`` (0..1) of the ramp.
+
+        What was dropped stays dropped. The ranking sees to that, as zeros come last in it; but of
+        dropped units of different sizes it may find that fewer would do.
+        """
         masks = plan_masks(self.plan, self.plan.weights(network), share)
-        return {param: pack_mask(mask) for param, mask in masks.items()}
+        packed = {param: pack_mask(mask) for param, mask in masks.items()}
+        return {param: bits & self.packed.get(param, bits) for param, bits in packed.items()}
 
     def adopt(self, packed: Mapping[str, Tensor]) -> None:
         """Take over masks that `build` returned."""

@@ -131,10 +131,12 @@ def most_zeros(pattern: Pattern, shape: tuple[int, ...], floors: Floors) -> int:
 
 
 def channel_cover(importance: np.ndarray) -> np.ndarray:
-    """Choose the fewest units that leave no block row and no block column empty.
+    """Choose the fewest units that leave no block row and no block column empty: max(B, D).
 
     Greedily, the most important first: a unit is taken if neither its row nor its column has one.
-    Rows or columns that remain take their most important unit. That makes max(B, D) units.
+    Rows or columns that remain take their most important unit. Units that are zero already are
+    taken only where the others cannot make a cover of that size, so that what was dropped at an
+    earlier update is not called back.
 
     Parameters
     ----------
@@ -149,24 +151,58 @@ def channel_cover(importance: np.ndarray) -> np.ndarray:
     rows, cols, positions = importance.shape
     where = importance.argmax(2)
     best = np.take_along_axis(importance, where[:, :, None], 2)[:, :, 0]
-    row_left, col_left = np.arange(rows), np.arange(cols)
-    pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    # Greedy takes a unit when it comes before every other unit of its row and of its column. All
-    # those that do at a time can be taken at once. numpy's argmax gives the first of equals.
-    left = best
-    while len(row_left) and len(col_left):
-        col_of_row, row_of_col = left.argmax(1), left.argmax(0)
-        mutual = np.flatnonzero(row_of_col[col_of_row] == np.arange(len(row_left)))
-        pairs.append((row_left[mutual], col_left[col_of_row[mutual]]))
-        row_left = np.delete(row_left, mutual)
-        col_left = np.delete(col_left, col_of_row[mutual])
-        left = np.delete(np.delete(left, mutual, 0), col_of_row[mutual], 1)
-    pairs.append((row_left, best[row_left].argmax(1)))
-    pairs.append((best[:, col_left].argmax(0), col_left))
+    # mates[r] is the block column that block row r is matched with, -1 if none.
+    mates = np.full(rows, -1)
+    _match_greedily(best, mates, above=0.0)
+    for row in np.flatnonzero(mates < 0):
+        _augment(best > 0.0, mates, int(row))
+    _match_greedily(best, mates, above=-1.0)
+    free_rows = np.flatnonzero(mates < 0)
+    free_cols = np.setdiff1d(np.arange(cols), mates)
+    mates[free_rows] = best[free_rows].argmax(1)
     taken = np.zeros(importance.shape, dtype=bool)
-    for row, col in pairs:
+    for row, col in ((np.arange(rows), mates), (best[:, free_cols].argmax(0), free_cols)):
         taken[row, col, where[row, col]] = True
     return taken.reshape(rows * cols * positions)
+
+
+def _match_greedily(best: np.ndarray, mates: np.ndarray, above: float) -> None:
+    """Match free rows with free columns, in place, the most important unit above a bound first.
+
+    Greedy takes a unit when it comes before all others of its row and of its column. All that do so
+    at a time are taken at once. numpy's argmax gives the first of equals, so ties go by index.
+    """
+    rows = np.flatnonzero(mates < 0)
+    cols = np.setdiff1d(np.arange(best.shape[1]), mates)
+    while len(rows) and len(cols):
+        left = best[np.ix_(rows, cols)]
+        choice = left.argmax(1)
+        mutual = left.argmax(0)[choice] == np.arange(len(rows))
+        mutual &= left[np.arange(len(rows)), choice] > above
+        if not mutual.any():
+            return
+        mates[rows[mutual]] = cols[choice[mutual]]
+        rows, cols = rows[~mutual], np.delete(cols, choice[mutual])
+
+
+def _augment(edges: np.ndarray, mates: np.ndarray, row: int) -> None:
+    """Match a free row over ``edges``, in place, if others can make room (H. W. Kuhn, 1955)."""
+    row_of_col = np.full(edges.shape[1], -1)
+    matched = np.flatnonzero(mates >= 0)
+    row_of_col[mates[matched]] = matched
+    came_from = np.full(edges.shape[1], -1)
+    queue = [row]
+    for current in queue:
+        reached = np.flatnonzero(edges[current] & (came_from < 0))
+        came_from[reached] = current
+        free = reached[row_of_col[reached] < 0]
+        if len(free):
+            col = int(free[0])
+            while col >= 0:
+                giver = int(came_from[col])
+                mates[giver], col = col, int(mates[giver])
+            return
+        queue.extend(row_of_col[reached].tolist())
 
 
 def _ranked(importance: Tensor, protected: Tensor) -> Tensor:

@@ -265,7 +265,8 @@ def test_from_model_starts_with_what_is_there():
 def test_a_layer_that_already_has_more_keeps_it():
     network = narrow_and_wide()
     with torch.no_grad():
-        network[3].weight.mul_(layer_mask(network[3].weight, Block(8, 8), 0.75))
+        mask = layer_mask(network[3].weight, Block(8, 8), 0.75, floors=Floors())
+        network[3].weight.mul_(mask)
     plan = resolve(network, target=0.5, initial="from_model")
     last = plan.pruned[-1]
     assert (last.target, last.reason) == (0.75, "already has this much")
