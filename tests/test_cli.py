@@ -10,7 +10,7 @@ import pytest
 
 from blocksparse.cli import main
 from blocksparse.cli.console import bytes_text, count_text, one_line
-from blocksparse.cli.verify import relative_tolerance
+from blocksparse.cli.verify import _compiled_checks, relative_tolerance
 from blocksparse.format import (
     BsrWeight,
     DenseWeight,
@@ -22,7 +22,7 @@ from blocksparse.format import (
     ValueSpec,
 )
 from blocksparse.format.writer import write
-from blocksparse.runtime import reference
+from blocksparse.runtime import load, reference
 
 CLASSES = ("cat", "dog", "[red]fish[/red]", "\x1b[31mowl")
 
@@ -189,6 +189,19 @@ def test_verify_fails_where_outputs_overflow(tmp_path, capsys):
     status, out, _ = call(capsys, "verify", path, "--json")
     assert status == 1
     assert json.loads(out)["checks"][-1]["name"] == "reference engine"
+
+
+def test_verify_sees_an_engine_that_computes_something_else(file):
+    fc = small_model().weights["fc"].values.copy()
+    fc[2, 5] += 0.01
+    other = small_model(weights={**small_model().weights, "fc": DenseWeight.from_dense(fc)})
+    images = np.random.default_rng(0).standard_normal((3, 3, 12, 12)).astype(np.float32)
+    for truth, state in ((small_model(), "passed"), (other, "failed")):
+        expected = reference.run(truth, images)
+        allowed = relative_tolerance(truth) * np.abs(expected).max()
+        checks = list(_compiled_checks(load(file, threads=2), images, expected, allowed))
+        assert [check.state for check in checks[:2]] == [state, state]
+        assert [check.state for check in checks[2:]] == ["passed", "passed"]
 
 
 def test_tolerance_grows_with_the_length_of_the_sums():
