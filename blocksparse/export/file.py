@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from blocksparse.export.convert import convert
+from blocksparse.export.errors import VerificationError
 from blocksparse.export.pack import Packed
 from blocksparse.export.report import ExportReport, Verification
 from blocksparse.export.verify import verify
-from blocksparse.format import Preprocessing
-from blocksparse.format.writer import write
+from blocksparse.format import Preprocessing, write
 from blocksparse.sparsity.patterns import Pattern
 
 _log = logging.getLogger(__name__)
@@ -96,6 +96,8 @@ def export_file(
         verification = verify(unverified, packed.model, converted.capture.model, inputs, val_loader)
         file_bytes = unverified.stat().st_size
         unverified.replace(path)
+    except VerificationError as error:
+        raise VerificationError(f"{path} was not written: {error}") from error
     finally:
         unverified.unlink(missing_ok=True)
     report = _report(path, packed, file_bytes, verification)

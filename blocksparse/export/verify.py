@@ -18,8 +18,7 @@ from torch import nn
 
 from blocksparse.export.errors import VerificationError
 from blocksparse.export.report import Verification
-from blocksparse.format import Model, Node
-from blocksparse.format.reader import read
+from blocksparse.format import Model, Node, read
 from blocksparse.runtime import load
 
 _CHUNK = 32
@@ -35,10 +34,11 @@ def tolerance(model: Model, max_logit: float) -> float:
     of, so they add in quadrature, which is a walk as long as all dot products on the path together.
     Two programs err, and batch norm and residual adds cancel: a factor of 4::
 
-        4 * eps * max_logit * sqrt(max over paths of sum(L))
+        4 * eps * max_logit * sqrt(max over paths of sum(L)) + tiny
 
-    with eps = 2**-23, L the length of a convolution's or linear layer's dot products (C/groups * kh
-    * kw, F), the window of an average pool, 2 for other arithmetic and 0 where values only move.
+    with eps = 2**-23, tiny the smallest normal number (what is below is flushed to zero), L the
+    length of a convolution's or linear layer's dot products (C/groups * kh * kw, F), the window of
+    an average pool, 2 for other arithmetic and 0 where values only move.
 
     Parameters
     ----------
@@ -55,7 +55,9 @@ def tolerance(model: Model, max_logit: float) -> float:
     for node in model.graph.nodes:
         before = max(path[name] for name in node.inputs)
         path[node.name] = before + _dot_length(model, node, shapes[node.inputs[0]])
-    return 4 * float(np.finfo(np.float32).eps) * max_logit * sqrt(path[model.graph.outputs[0]])
+    info = np.finfo(np.float32)
+    length = path[model.graph.outputs[0]]
+    return 4 * float(info.eps) * max_logit * sqrt(length) + float(info.tiny)
 
 
 def _dot_length(model: Model, node: Node, shape: tuple[int, ...]) -> int:
@@ -111,15 +113,16 @@ def verify(
         The file does not hold what was written, or logits differ by more than `tolerance`.
     """
     if read(path) != model:
-        raise VerificationError(f"{path}: what is read from the file is not what was written")
+        raise VerificationError("what is read from the file is not what was written")
     runtime = load(path)
+    engine = str(runtime.engine)
     tally = _Tally()
 
     def compare(images: torch.Tensor) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         with torch.no_grad():
             expected = network(images).numpy()
         got = runtime(np.ascontiguousarray(images.numpy()))
-        _compare(path, model, expected, got, tally)
+        _compare(model, expected, got, tally)
         return expected.argmax(1), got.argmax(1)
 
     for images in [inputs[:1], *_chunks(inputs)]:
@@ -136,7 +139,7 @@ def verify(
         max_error=tally.max_error,
         tolerance=tally.tolerance,
         max_logit=tally.max_logit,
-        engine=runtime.engine,
+        engine=engine,
         val_images=seen,
         accuracy_torch=float(hits[0] / seen) if seen else None,
         accuracy_runtime=float(hits[1] / seen) if seen else None,
@@ -144,7 +147,6 @@ def verify(
 
 
 def _compare(
-    path: str | Path,
     model: Model,
     expected: npt.NDArray[Any],
     got: npt.NDArray[Any],
@@ -152,11 +154,11 @@ def _compare(
 ) -> None:
     if not np.isfinite(expected).all():
         raise VerificationError(
-            f"{path}: the model itself gives NaN or infinity on the inputs used to verify it; "
+            "the model itself gives NaN or infinity on the inputs used to verify it; "
             "check the inputs' normalisation and the weights"
         )
     if got.shape != expected.shape:
-        raise VerificationError(f"{path}: gives {got.shape}, the model {expected.shape}")
+        raise VerificationError(f"the file gives {got.shape}, the model {expected.shape}")
     max_logit = float(np.abs(expected).max())
     allowed = tolerance(model, max_logit)
     error = float(np.abs(got - expected).max())
@@ -164,7 +166,7 @@ def _compare(
     # `not <=` so that NaN fails, too.
     if not error <= allowed:
         raise VerificationError(
-            f"{path}: logits of {len(got)} images differ from PyTorch's by up to {error:.3g}; "
+            f"logits of {len(got)} images differ from PyTorch's by up to {error:.3g}; "
             f"rounding explains {allowed:.3g} at a largest logit of {max_logit:.3g}. The top class "
             f"agrees on {same} of {len(got)}. This is a defect of the export or the runtime, not "
             "of the model; no file was left"

@@ -1,0 +1,125 @@
+"""Fewer nodes, the same logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from export_networks import exported, ops, randomized
+from torch import nn
+
+
+class Block(nn.Module):
+    """Two convolutions and what `join` makes of their results and the input."""
+
+    def __init__(self, join) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.norm1, self.norm2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.join = join
+
+    def forward(self, x):
+        first, second = self.norm1(self.conv1(x)), self.norm2(self.conv2(x))
+        return self.join(x, first, second).flatten(1)
+
+
+FUSED = {
+    "identity": (lambda x, a, b: F.relu(a + x), 1),
+    "identity first": (lambda x, a, b: F.relu6(x + b), 1),
+    "two branches": (lambda x, a, b: F.relu(a + b), 1),
+    "later branch first": (lambda x, a, b: F.silu(b + a), 1),
+    "no activation": (lambda x, a, b: a + b, 1),
+    "chain": (lambda x, a, b: F.relu(F.relu(a + x) + b), 2),
+}
+
+
+@pytest.mark.parametrize(("join", "count"), FUSED.values(), ids=FUSED)
+def test_residual_adds_are_fused(join, count):
+    result = exported(randomized(Block(join)), (4, 5, 5))
+    assert set(ops(result)) == {"conv2d", "flatten"}
+    assert sum(len(node.inputs) == 2 for node in result.graph.nodes) == count
+
+
+def test_fused_block_is_two_nodes():
+    result = exported(randomized(Block(FUSED["two branches"][0])), (4, 5, 5))
+    assert [(n.name, n.inputs, n.attrs.get("activation")) for n in result.graph.nodes] == [
+        ("conv1", ("input",), "none"),
+        ("conv2", ("input", "conv1"), "relu"),
+        ("flatten", ("conv2",), None),
+    ]
+
+
+def test_a_convolution_moves_behind_what_it_adds():
+    """The other operand may be computed after the convolution that takes it in."""
+    model = Block(lambda x, a, b: a + F.max_pool2d(x, 3, 1, 1))
+    result = exported(randomized(model), (4, 5, 5))
+    assert [node.name for node in result.graph.nodes] == ["max_pool2d", "conv1", "flatten"]
+
+
+UNFUSED = {
+    "activation before the add": lambda x, a, b: F.relu(a) + F.relu(b),
+    "read twice": lambda x, a, b: (a + x) * a,
+    "other activation after": lambda x, a, b: torch.sigmoid(F.relu(x) + F.relu(a)),
+    "added to itself": lambda x, a, b: a + a,
+}
+
+
+@pytest.mark.parametrize("join", UNFUSED.values(), ids=UNFUSED)
+def test_adds_that_must_not_be_fused(join):
+    result = exported(randomized(Block(join)), (4, 5, 5))
+    assert ops(result).count("add") == 1
+    assert all(len(node.inputs) == 1 for node in result.graph.nodes if node.op == "conv2d")
+
+
+def test_activations_are_fused_once():
+    model = Block(lambda x, a, b: torch.sigmoid(F.relu(a)))
+    result = exported(randomized(model), (4, 5, 5))
+    assert ops(result) == ["conv2d", "activation", "flatten"]
+    assert result.graph.nodes[0].attrs["activation"] == "relu"
+
+
+def test_unread_results_are_dropped():
+    assert ops(exported(randomized(Block(lambda x, a, b: b)), (4, 5, 5))) == ["conv2d", "flatten"]
+
+
+def test_an_activation_of_a_shared_value_stays_apart():
+    model = Block(lambda x, a, b: torch.cat([a, F.relu(a)], 1))
+    assert ops(exported(randomized(model), (4, 5, 5))) == [
+        "conv2d",
+        "activation",
+        "concat",
+        "flatten",
+    ]
+
+
+def test_slices_are_merged():
+    model = Block(lambda x, a, b: x[:, 1:, ::2][:, :, 1:, 1::2][:, :2])
+    result = exported(randomized(model), (4, 7, 9))
+    assert ops(result) == ["slice", "flatten"]
+    assert dict(result.graph.nodes[0].attrs) == {
+        "start": (1, 2, 1),
+        "stop": (3, 7, 8),
+        "step": (1, 2, 2),
+    }
+
+
+def test_what_does_nothing_is_removed():
+    model = Block(
+        lambda x, a, b: F.adaptive_avg_pool2d(F.avg_pool2d(F.pad(x[:, :4] * 1, (0, 0)), 1), (5, 5))
+    )
+    assert ops(exported(randomized(model), (4, 5, 5))) == ["flatten"]
+
+
+def test_the_last_node_takes_an_activation_in():
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(12, 5)
+
+        def forward(self, x):
+            x = self.fc(x.flatten(1))
+            return x * torch.sigmoid(x)
+
+    result = exported(randomized(Gated()), (3, 2, 2))
+    assert ops(result) == ["flatten", "linear"]
+    assert result.graph.nodes[-1].attrs["activation"] == "silu"
