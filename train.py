@@ -16,7 +16,7 @@ register_resolvers()
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float:
     """Run one job and return the accuracy of the exported network, 0..1, for sweepers."""
-    from blocksparse.pipeline.job import run_job  # imports torch: `--help` need not wait for it
+    from blocksparse.pipeline.entry import run_job  # imports torch: `--help` need not wait for it
 
     return run_job(cfg)
 

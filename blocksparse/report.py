@@ -1,7 +1,7 @@
 """The closing report of a run: what pruning cost in accuracy, and what it gained.
 
-Figures go in as frozen dataclasses, with the unit in the name of each field; the same rows come out as a table for the
-terminal, as Markdown and as JSON, so the three cannot disagree.
+Figures go in as frozen dataclasses, with the unit in the name of each field; the same rows come out
+as a table for the terminal and as Markdown, and the figures themselves as JSON.
 """
 
 from __future__ import annotations
@@ -163,6 +163,11 @@ class Report:
         Threads each engine was given.
     machine
         Processor and library versions.
+    cores
+        Cores this process may use.
+    load
+        Load average of the minute before times were taken: processes that wanted a core. None where
+        the operating system does not count them.
     seconds
         Wall time of the run, in seconds.
     """
@@ -175,6 +180,8 @@ class Report:
     latencies: tuple[Latency, ...]
     threads: int
     machine: str
+    cores: int
+    load: float | None
     seconds: float
     folder: str
     files: Mapping[str, str] = field(default_factory=dict)
@@ -188,7 +195,7 @@ class Report:
 
     def _accuracy_rows(self) -> Iterator[Row]:
         accuracy = self.accuracy
-        yield Row(f"Accuracy on {accuracy.images:,} validation images")
+        yield Row("Accuracy", note=f"{accuracy.images:,} validation images")
         yield Row("dense, PyTorch", _percent(accuracy.dense))
         for name, value in (
             ("sparse, PyTorch", accuracy.sparse),
@@ -200,7 +207,7 @@ class Report:
     def _size_rows(self) -> Iterator[Row]:
         sizes = self.sizes
         ratio = sizes.dense_checkpoint / sizes.exported_file
-        yield Row("Size on disk")
+        yield Row("Size", note="bytes on disk")
         yield Row("dense checkpoint", _bytes(sizes.dense_checkpoint), "weights only")
         yield Row("exported file", _bytes(sizes.exported_file), f"{_times(ratio)} smaller")
         for name, value in (
@@ -213,30 +220,40 @@ class Report:
 
     def _cost_rows(self) -> Iterator[Row]:
         cost, sparsity = self.cost, self.sparsity
-        yield Row("What is left of the network")
+        yield Row("Kept", note=f"{sparsity.pattern}, {sparsity.layers} layers pruned")
         yield Row(
             "prunable weights",
             _percent(1 - sparsity.reached, 1),
-            f"density; sparsity {_percent(sparsity.reached, 1)}, "
-            f"{sparsity.pattern}, {sparsity.layers} layers",
+            f"sparsity {_percent(sparsity.reached, 1)}",
         )
         for name, kept, whole, unit in (
             ("all parameters", cost.parameters_kept, cost.parameters, "parameters"),
-            ("work per image", cost.flops_kept, cost.flops, "FLOPs"),
+            ("FLOPs per image", cost.flops_kept, cost.flops, "FLOPs"),
         ):
             note = f"{_count(kept)} of {_count(whole)} {unit}"
             yield Row(name, _percent(kept / whole, 1), note)
 
     def _latency_rows(self) -> Iterator[Row]:
-        rounds = self.latencies[0].rounds
-        threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
-        yield Row(f"Time per image, batch 1, {threads}: median [quartiles] of {rounds} rounds")
         first = self.latencies[0]
+        threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
+        yield Row(
+            "Time per image",
+            note=f"batch 1, {threads}; median [quartiles] of {first.rounds:,} rounds",
+        )
         for latency in self.latencies:
             note = f"[{_ms(latency.q1_ms)} to {_ms(latency.q3_ms)} ms]"
             if latency is not first:
-                note += f"  {_times(first.median_ms / latency.median_ms)} the speed of PyTorch"
+                note += f"  {_times(first.median_ms / latency.median_ms)} as fast"
             yield Row(latency.engine, f"{_ms(latency.median_ms)} ms", note)
+
+    def remarks(self) -> list[str]:
+        """Return what a reader of the figures should know besides them."""
+        if self.load is None or self.load <= self.cores + 0.5:
+            return []
+        return [
+            f"Other programs kept the machine busy (load {self.load:.1f} on {self.cores} "
+            f"core{'s' if self.cores != 1 else ''}): do not trust the times above."
+        ]
 
     def table(self) -> Table:
         """Return the closing table for a terminal, one screen of it."""
@@ -251,14 +268,11 @@ class Report:
         table.add_column(no_wrap=True)
         table.add_column(justify="right", no_wrap=True)
         table.add_column(style="dim", overflow="fold")
-        headings = 0
         for row in self.rows():
             if row.is_heading:
-                if headings:
-                    table.add_section()
-                headings += 1
-                continue
-            table.add_row(Text(row.name), Text(row.value), Text(row.note))
+                table.add_section()
+            style = "bold not dim" if row.is_heading else ""
+            table.add_row(Text(row.name, style), Text(row.value), Text(row.note))
         return table
 
     def to_markdown(self) -> str:
@@ -266,10 +280,12 @@ class Report:
         lines = [f"# {self.name}", "", "| | | |", "|:--|--:|:--|"]
         for row in self.rows():
             if row.is_heading:
-                lines.append(f"| **{row.name}** | | |")
+                lines.append(f"| **{row.name}** | | {row.note} |")
             else:
                 indent = "&nbsp;&nbsp;" * ((len(row.name) - len(row.name.lstrip())) // 2)
                 lines.append(f"| {indent}{row.name.strip()} | {row.value} | {row.note} |")
+        for remark in self.remarks():
+            lines += ["", remark]
         lines += ["", f"Run in {self.seconds:.0f} s on {self.machine}.", ""]
         lines += [f"Written to `{self.folder}`:", ""]
         lines += [f"- `{path}`: {what}" for what, path in self.files.items()]
@@ -290,6 +306,9 @@ class Report:
                 "engines": [asdict(latency) for latency in self.latencies],
             },
             "machine": self.machine,
+            "cores": self.cores,
+            "load": self.load,
+            "remarks": self.remarks(),
             "seconds": self.seconds,
             "folder": self.folder,
             "files": dict(self.files),

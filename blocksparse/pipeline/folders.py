@@ -32,10 +32,10 @@ class RunFolder:
         """The resolved configuration, as YAML."""
         return self.path / "config.yaml"
 
-    @property
-    def plan(self) -> Path:
-        """The resolved pruning table: layer, shape, pattern, target or why skipped."""
-        return self.path / "sparsity.txt"
+    def __str__(self) -> str:
+        """Return the path as one would type it here."""
+        here = Path.cwd()
+        return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
 
     @property
     def model(self) -> Path:
@@ -62,6 +62,18 @@ class RunFolder:
             attempt += 1
             name = f"{stage}_{attempt}"
         return name
+
+    def contents(self) -> dict[str, str]:
+        """Return what a finished run leaves: path relative to the folder -> a few words on it."""
+        return {
+            self.model.name: "the network: blocksparse.load(...), blocksparse info|run|bench ...",
+            "report.md, report.json": "the table above",
+            "config.yaml": "the whole configuration",
+            "sparsity_plan.md, .json": "what was pruned, layer by layer",
+            "checkpoints/": "dense.ckpt, sparse.ckpt (weights only), last_*.ckpt (to resume)",
+            "logs/": "metrics.csv, and for: tensorboard --logdir runs",
+            "run.log": "everything that was logged",
+        }
 
 
 def resume_point(target: str | Path) -> tuple[RunFolder, Path | None]:

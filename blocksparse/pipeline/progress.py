@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from blocksparse.pipeline.console import console as shared_console
 
@@ -20,13 +21,15 @@ __all__ = ["StageProgress"]
 
 # Where there is no terminal to redraw, this many lines are printed per stage.
 LINES = 5
+# Logged figures that are shares, 0..1, by a word in their names.
+SHARES = ("accuracy", "sparsity", "density")
 
 
 class StageProgress(ProgressBar):
     """One bar from the first step of a stage to its last, with the logged figures behind it.
 
     Whatever is logged with ``prog_bar=True`` is shown; shares (accuracy, sparsity, density) as
-    percentages.
+    percentages, under the last part of their names.
 
     Parameters
     ----------
@@ -65,12 +68,13 @@ class StageProgress(ProgressBar):
         if not self.console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("{task.description}", style="bold"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[epoch]}"),
-            TextColumn("{task.fields[figures]}", style="cyan"),
+            TextColumn("{task.description}", style="bold", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None),  # what the rest leaves of the line
+            TextColumn("{task.fields[epoch]}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[figures]}", style="cyan", table_column=Column(no_wrap=True)),
             TimeElapsedColumn(),
             console=self.console,
+            expand=True,
         )
         self._task = self._progress.add_task(
             self.title,
@@ -143,15 +147,15 @@ def _epochs(trainer: pl.Trainer) -> str:
 
 
 def _figures(trainer: pl.Trainer) -> str:
-    """Return what was logged for the bar, as ``loss 0.123  sparsity 43.1 %``."""
+    """Return what was logged for the bar, as ``loss 0.123  accuracy 97.1 %``."""
     return "  ".join(
-        f"{name.replace('/', ' ')} {_figure(name, value)}"
+        f"{name.rpartition('/')[2]} {_figure(name, float(value))}"
         for name, value in trainer.progress_bar_metrics.items()
         if isinstance(value, (int, float)) and not name.endswith(("_step", "_epoch"))
     )
 
 
 def _figure(name: str, value: float) -> str:
-    if any(word in name for word in ("acc", "sparsity", "density")):
+    if any(word in name for word in SHARES):
         return f"{100 * value:.1f} %"
-    return f"{value:.3g}"
+    return f"{value:.3f}"

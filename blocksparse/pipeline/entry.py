@@ -1,0 +1,107 @@
+"""What Hydra calls: one job of a run or a sweep, with errors a person can read."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from rich.text import Text
+
+from blocksparse.pipeline.console import console
+from blocksparse.pipeline.folders import STAGES, RunFolder, resume_point
+from blocksparse.pipeline.job import run
+
+__all__ = ["run_job"]
+
+_log = logging.getLogger(__name__)
+
+# What may be changed when a run goes on: none of it changes what is learned.
+FREE_KEYS = ("trainer.", "callbacks.", "logger.", "report.", "data.root", "data.num_workers")
+# Errors whose text is meant for the user; everything else is a defect and keeps its traceback.
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, MisconfigurationException)
+
+
+def run_job(cfg: DictConfig) -> float:
+    """Run one Hydra job.
+
+    Parameters
+    ----------
+    cfg
+        The composed configuration. With ``resume`` set, the configuration saved in that run counts,
+        and of this one only what was given on the command line.
+
+    Returns
+    -------
+    float
+        Validation accuracy of the exported file, 0..1: what a sweeper maximises.
+    """
+    hydra = HydraConfig.get()
+    folder = RunFolder(Path(hydra.runtime.output_dir))
+    single = hydra.mode == RunMode.RUN
+    _log.info("overrides: %s", " ".join(hydra.overrides.task) or "none")
+    try:
+        checkpoint = None
+        if cfg.resume is not None:
+            if not single:
+                raise ValueError("resume= goes on with one run: leave out -m (--multirun)")
+            folder, checkpoint = resume_point(cfg.resume)
+            cfg = resumed_config(folder, hydra.overrides.task, hydra.runtime.choices)
+        elif folder.config.exists():
+            raise FileExistsError(
+                f"{folder} already holds a run. Go on with it by resume={folder}, or "
+                "start another with another name=... or another moment"
+            )
+        return run(cfg, folder, checkpoint).accuracy.runtime
+    except (KeyboardInterrupt, SystemExit):
+        if any(folder.last(stage).exists() for stage in STAGES):
+            console.print(f"Interrupted. Go on with: python train.py resume={folder}")
+        raise
+    except USER_ERRORS as error:
+        _log.info("traceback", exc_info=True)
+        console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        console.print(f"The traceback is in {folder}/run.log", style="dim", soft_wrap=True)
+        if single:
+            sys.exit(1)
+        raise  # Hydra goes on with the other jobs of the sweep, and reports this one at the end
+
+
+def resumed_config(
+    folder: RunFolder, overrides: Sequence[str], groups: Collection[str]
+) -> DictConfig:
+    """Return the configuration a run was started with, with what may be changed changed.
+
+    Parameters
+    ----------
+    folder
+        The run.
+    overrides
+        What was given on the command line, ``resume=`` included.
+    groups
+        Names of the configuration groups.
+
+    Raises
+    ------
+    ValueError
+        If an override would make it another run.
+    """
+    cfg = OmegaConf.load(folder.config)
+    assert isinstance(cfg, DictConfig)
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        if key == "resume":
+            continue
+        if key in groups or not key.startswith(FREE_KEYS):
+            raise ValueError(
+                f"{override.input_line}: a run that goes on keeps the configuration it was started "
+                f"with ({folder.config}). Leave it out; only these may change: "
+                + ", ".join(f"{free}*" if free.endswith(".") else free for free in FREE_KEYS)
+            )
+        OmegaConf.update(cfg, key, override.value(), force_add=override.is_add())
+    return cfg

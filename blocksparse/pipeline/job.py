@@ -1,0 +1,233 @@
+"""One run of the main job, from its configuration to its report."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from blocksparse.export import ExportReport, export_file, export_model
+from blocksparse.format import read
+from blocksparse.perf import describe_machine, usable_cores
+from blocksparse.pipeline import measure
+from blocksparse.pipeline.console import console, key_values, quieten, say
+from blocksparse.pipeline.folders import RunFolder
+from blocksparse.pipeline.setup import build, build_data, build_network, check, is_set
+from blocksparse.pipeline.stages import Stage, save_weights
+from blocksparse.report import Report
+from blocksparse.sparsity import Plan, checkpoint_plan
+from blocksparse.sparsity.state import STATE_KEY
+from blocksparse.training import load_weights, read_weights
+from blocksparse.training.sparsity_callback import SparsityCallback
+
+__all__ = ["run"]
+
+_log = logging.getLogger(__name__)
+
+# Real images that the exported file is compared on besides the validation set.
+VERIFIED_IMAGES = 32
+
+
+def run(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None = None) -> Report:
+    """Train, prune, export, verify and measure.
+
+    What `folder` holds already, from a run that was interrupted, is not done again.
+
+    Parameters
+    ----------
+    cfg
+        The configuration; see ``configs/train.yaml``.
+    folder
+        Where everything goes.
+    checkpoint
+        The checkpoint in `folder` to go on from; by default the last one of the stage under way.
+
+    Returns
+    -------
+    Report
+        The closing report, which was printed and saved.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        For whatever is wrong with the configuration, the data or the weights.
+    """
+    started = time.perf_counter()
+    quieten()
+    check(cfg)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    job = _Job(cfg, folder, checkpoint)
+    job.announce()
+    dense = job.train_dense()
+    sparse, plan = job.prune(dense)
+    export = job.export(sparse, plan)
+    report = job.report(dense, sparse, plan, export, started)
+    report.save(folder.path)
+    console.print(report.table())
+    for remark in report.remarks():
+        say(remark)
+    key_values(f"Written to {folder}", report.files.items())
+    return report
+
+
+class _Job:
+    """What the steps of a run share: configuration, folder, data and the untrained network."""
+
+    def __init__(self, cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> None:
+        self.cfg = cfg
+        self.folder = folder
+        self.checkpoint = checkpoint.resolve() if checkpoint else None
+        self.data = build_data(cfg)
+        self.network = build_network(cfg, self.data)
+
+    def announce(self) -> None:
+        """Print what was decided, and save the configuration."""
+        cfg, data, folder = self.cfg, self.data, self.folder
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.config.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+        images = [len(loader.source) for loader in (data.train_dataloader(), data.val_dataloader())]
+        shape = "x".join(map(str, data.input_shape))
+        weights = sum(parameter.numel() for parameter in self.network.parameters())
+        pruning = f"to sparsity {cfg.sparsity.target:g} in {_epochs(cfg.sparse.epochs)}"
+        if is_set(cfg.distillation):
+            pruning += ", distilled from the dense network"
+        rows = {
+            "data": f"{type(data).__name__}, {images[0]:,} images to train and {images[1]:,} to "
+            f"validate, {shape}, {data.num_classes} classes",
+            "network": f"{cfg.model.name}, {weights:,} parameters",
+            "dense training": self._dense_source() or _epochs(cfg.dense.epochs),
+            "pruning": pruning,
+            "seed": str(cfg.seed),
+            "folder": str(folder),
+        }
+        key_values(cfg.name, rows.items())
+        _log.info("configuration:\n%s", OmegaConf.to_yaml(cfg, resolve=True))
+
+    def train_dense(self) -> nn.Module:
+        """Return the dense network, trained now or before."""
+        target = self.folder.checkpoint("dense")
+        network = self.network
+        if self._finished("dense"):
+            load_weights(network, read_weights(target), source=str(target))
+            return network.eval()
+        if not self._dense_source():
+            resume = self._last("dense")
+            Stage(self.cfg, "dense", self.folder).fit(network, self.data, resume=resume)
+        save_weights(network, target)
+        return network.eval()
+
+    def prune(self, dense: nn.Module) -> tuple[nn.Module, Plan]:
+        """Return the sparse network, pruned now or before, and what was pruned in it."""
+        target = self.folder.checkpoint("sparse")
+        network = copy.deepcopy(dense)
+        if self._finished("sparse"):
+            load_weights(network, read_weights(target), source=str(target))
+            plan = checkpoint_plan(torch.load(target, weights_only=True))
+            assert plan is not None  # written below, together with the weights
+            return network.eval(), plan
+        callback: SparsityCallback = build(self.cfg.sparsity, save_dir=str(self.folder.path))
+        callbacks: list[pl.Callback] = [callback]
+        if is_set(self.cfg.batchnorm):
+            callbacks.append(build(self.cfg.batchnorm))
+        Stage(self.cfg, "sparse", self.folder).fit(
+            network, self.data, teacher=dense, callbacks=callbacks, resume=self._last("sparse")
+        )
+        assert callback.plan is not None  # settled when the fit began
+        # The masks and the plan lie where Lightning would put them, for `checkpoint_plan`.
+        save_weights(network, target, callbacks={STATE_KEY: callback.state_dict()})
+        return network.eval(), callback.plan
+
+    def export(self, sparse: nn.Module, plan: Plan) -> ExportReport:
+        """Write the compact file, verified on the validation set."""
+        say("exporting, and comparing the file with PyTorch on the validation images")
+        images, _ = next(iter(self.data.val_dataloader()))
+        return export_file(
+            sparse,
+            self.folder.model,
+            images[:VERIFIED_IMAGES],
+            val_loader=self._validation(),
+            patterns=plan.patterns(),
+            classes=self.data.classes,
+            preprocessing=self.data.preprocessing,
+            provenance={"config": OmegaConf.to_container(self.cfg, resolve=True)},
+        )
+
+    def report(
+        self,
+        dense: nn.Module,
+        sparse: nn.Module,
+        plan: Plan,
+        export: ExportReport,
+        started: float,
+    ) -> Report:
+        """Measure, and put together the closing report."""
+        say("measuring")
+        cfg, folder = self.cfg, self.folder
+        threads = cfg.report.threads or torch.get_num_threads()
+        images, _ = next(iter(self.data.val_dataloader()))
+        sparse_model = read(folder.model)
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        latencies = measure.latencies(
+            dense,
+            export_model(dense, self.data.input_shape),
+            sparse_model,
+            images[:1],
+            threads=threads,
+            rounds=cfg.report.rounds,
+            min_seconds=cfg.report.min_seconds,
+        )
+        return Report(
+            name=cfg.name,
+            sparsity=measure.sparsity_of(plan, sparse),
+            accuracy=measure.accuracies(measure.accuracy(dense, self._validation()), export),
+            sizes=measure.sizes(folder.checkpoint("dense"), export),
+            cost=measure.work(sparse_model),
+            latencies=latencies,
+            threads=threads,
+            machine=str(describe_machine(torch=torch.__version__)),
+            cores=usable_cores(),
+            load=load,
+            seconds=time.perf_counter() - started,
+            folder=str(folder),
+            files=folder.contents(),
+        )
+
+    def _validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return the validation batches that count for the report."""
+        return islice(self.data.val_dataloader(), self.cfg.report.val_batches)
+
+    def _dense_source(self) -> str | None:
+        """Say why there is no dense training, if there is none."""
+        if self.cfg.model.weights is not None:
+            return f"none, weights from {self.cfg.model.weights}"
+        if self.cfg.dense.epochs == 0:
+            return "none (dense.epochs=0), random weights"
+        return None
+
+    def _finished(self, stage: str) -> bool:
+        """Say whether a stage was finished before, and was not asked to be gone through again."""
+        wanted = self.folder.checkpoint(stage)
+        if self.checkpoint is None:
+            return wanted.exists()
+        # A checkpoint was named: stages before its own are done, its own and later ones are not.
+        return stage == "dense" and self.checkpoint != self.folder.last("dense").resolve()
+
+    def _last(self, stage: str) -> Path | None:
+        """Return the checkpoint that a stage goes on from, if there is one."""
+        last = self.folder.last(stage)
+        if self.checkpoint is None:
+            return last if last.exists() else None
+        return last if self.checkpoint == last.resolve() else None
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'' if count == 1 else 's'}"

@@ -1,0 +1,95 @@
+"""From configuration to objects, with errors that say what to change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from blocksparse.training import ImageData
+
+__all__ = ["build", "build_data", "build_network", "check", "is_set"]
+
+
+def is_set(node: Any) -> bool:
+    """Say whether a group was chosen: its ``none`` option leaves it empty."""
+    return isinstance(node, DictConfig) and "_target_" in node
+
+
+def build(node: DictConfig, **arguments: Any) -> Any:
+    """Instantiate what a group describes.
+
+    Hydra wraps every error of a constructor into its own, whose text is a page long; the error
+    itself is what a user needs.
+    """
+    try:
+        return instantiate(node, _convert_="all", **arguments)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
+            raise ValueError(f"configuration of {node._target_}: {cause}") from error
+        if isinstance(cause, Exception):
+            raise cause from error
+        raise
+
+
+def build_data(cfg: DictConfig) -> ImageData:
+    """Return the data module, its data read, so that a missing folder shows before training."""
+    data: ImageData = build(cfg.data)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def build_network(cfg: DictConfig, data: ImageData, weights: str | None = None) -> nn.Module:
+    """Return the network for this data.
+
+    Parameters
+    ----------
+    cfg
+        The whole configuration.
+    data
+        Gives the shape of an image and the number of classes.
+    weights
+        A file, or the name of torchvision weights; random weights by default.
+    """
+    network: nn.Module = build(
+        cfg.model, num_classes=data.num_classes, input_shape=data.input_shape, weights=weights
+    )
+    return network
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what is bound to fail later, before anything is written.
+
+    Raises
+    ------
+    ValueError
+        For a missing value, an accelerator that is not there, or epochs that do not fit.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)}: no value given. Set it on the command line, "
+            f"such as {missing[0]}=VALUE"
+        )
+    accelerator = cfg.trainer.accelerator
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"trainer.accelerator={accelerator}, but PyTorch {torch.__version__} sees no GPU here. "
+            "Drop trainer=gpu (or set trainer.accelerator=cpu), or install a build of PyTorch for "
+            "your GPU: https://pytorch.org/get-started"
+        )
+    if accelerator == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(
+            "trainer.accelerator=mps, but this machine has none; set trainer.accelerator=cpu"
+        )
+    if cfg.dense.epochs < 0 or cfg.sparse.epochs < 1:
+        raise ValueError(
+            f"dense.epochs={cfg.dense.epochs}, sparse.epochs={cfg.sparse.epochs}: dense training "
+            "takes 0 epochs or more, pruning at least 1"
+        )

@@ -1,0 +1,145 @@
+"""The two trainings: dense, then sparse; each can be skipped when done, or gone on with."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
+from torch import nn
+
+from blocksparse.pipeline.folders import RunFolder
+from blocksparse.pipeline.progress import StageProgress
+from blocksparse.pipeline.setup import build, is_set
+from blocksparse.training import Classifier, ImageData
+
+__all__ = ["TITLES", "Stage", "save_weights"]
+
+_log = logging.getLogger(__name__)
+
+TITLES = {"dense": "training", "sparse": "pruning"}
+
+
+class Stage:
+    """One training with its own optimizer, logs and checkpoints.
+
+    Parameters
+    ----------
+    cfg
+        The whole configuration.
+    name
+        ``"dense"`` or ``"sparse"``.
+    folder
+        Where everything goes.
+    """
+
+    def __init__(self, cfg: DictConfig, name: str, folder: RunFolder) -> None:
+        self.cfg = cfg
+        self.name = name
+        self.folder = folder
+        self.options = cfg[name]
+
+    def fit(
+        self,
+        network: nn.Module,
+        data: ImageData,
+        *,
+        teacher: nn.Module | None = None,
+        callbacks: Iterable[Callback] = (),
+        resume: Path | None = None,
+    ) -> None:
+        """Train `network` in place, and leave it on the CPU.
+
+        Parameters
+        ----------
+        network
+            What is trained.
+        data
+            What it is trained on.
+        teacher
+            The dense network to distil from, where distillation is on.
+        callbacks
+            Further callbacks of this stage.
+        resume
+            The checkpoint to go on from.
+        """
+        # Each stage starts from its own seed, so that a resumed or skipped first stage does not
+        # change the second.
+        pl.seed_everything(self.cfg.seed, workers=True, verbose=False)
+        distil = teacher is not None and is_set(self.cfg.distillation)
+        module = Classifier(
+            network,
+            build(self.options.optimizer),
+            label_smoothing=self.options.label_smoothing,
+            distillation=build(self.cfg.distillation) if distil else None,
+            teacher=teacher if distil else None,
+            channels_last=self.cfg.channels_last,
+            seed=self.cfg.seed,
+        )
+        module.train()  # what was just evaluated is not in training mode
+        trainer = self._trainer([*callbacks, *self._callbacks()])
+        _log.info("stage %s%s", self.name, f" from {resume}" if resume else "")
+        trainer.fit(module, datamodule=data, ckpt_path=resume)
+        network.cpu().eval()
+        # As it would be when read from its checkpoint, where a resumed run takes it from.
+        network.to(memory_format=torch.contiguous_format)
+
+    def _trainer(self, callbacks: list[Callback]) -> pl.Trainer:
+        trainer: pl.Trainer = build(
+            self.cfg.trainer,
+            max_epochs=self.options.epochs,
+            callbacks=callbacks,
+            logger=self._loggers(),
+            default_root_dir=str(self.folder.path),
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        return trainer
+
+    def _callbacks(self) -> list[Callback]:
+        made = []
+        for node in self.cfg.callbacks.values():
+            if not is_set(node):
+                continue
+            if node._target_.endswith(".ModelCheckpoint") and "dirpath" not in node:
+                last = self.folder.last(self.name)
+                made.append(build(node, dirpath=str(last.parent), filename=last.stem))
+            else:
+                made.append(build(node))
+        for callback in made:
+            if isinstance(callback, StageProgress):
+                callback.title = TITLES[self.name]
+        return made
+
+    def _loggers(self) -> list[Logger]:
+        version = self.folder.log_version(self.name)
+        return [
+            build(node, save_dir=str(self.folder.path), name="logs", version=version)
+            for node in self.cfg.logger.values()
+            if is_set(node)
+        ]
+
+
+def save_weights(network: nn.Module, path: Path, **extra: Any) -> None:
+    """Write a network's state dict, and nothing of the training, under its plain names.
+
+    Parameters
+    ----------
+    network
+        On the CPU.
+    path
+        Written whole or not at all.
+    **extra
+        Plain values to store beside ``state_dict``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    torch.save({"state_dict": network.state_dict(), **extra}, draft)
+    os.replace(draft, path)
