@@ -7,6 +7,7 @@ from blocksparse.training.models import build_model, model_names
 from blocksparse.training.module import Classifier
 from blocksparse.training.optimization import Optimization
 from blocksparse.training.resnet_cifar import ResNetCifar
+from blocksparse.training.sparsity_callback import SparsityCallback
 from blocksparse.training.weights import WeightsError, load_weights, read_weights
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ImageFolder",
     "Optimization",
     "ResNetCifar",
+    "SparsityCallback",
     "WeightsError",
     "build_model",
     "load_weights",

@@ -60,12 +60,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path}: holds Python objects besides tensors, and unpickling those could run any "
-            "code. Save only the state "
-            "dict (torch.save(model.state_dict(), ...)) or convert it to .safetensors where you "
-            "trust it"
+            f"{path}: is damaged, or holds Python objects besides tensors, and unpickling those "
+            "could run any code. Save only the state dict (torch.save(model.state_dict(), ...)), "
+            "or convert the file to .safetensors where you trust it"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
+    except (SafetensorError, RuntimeError, OSError, EOFError) as error:
         raise WeightsError(f"{path}: cannot be read, it may be cut short: {error}") from error
     state = _find_state(content)
     if state is None:

@@ -1,4 +1,4 @@
-"""The data modules: what they hold, how they augment and normalise, and what they say when data is missing."""
+"""The data modules: what they hold and make, and what they say when data is missing."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_digits():
         "channels": "gray",
     }
     ((val_images, val_labels),) = list(data.val_dataloader())
-    train = [batch for batch in data.train_dataloader()]
+    train = list(data.train_dataloader())
     assert val_images.shape == (360, 1, 8, 8)
     assert len(train) == 1437 // 64
     assert train[0][0].shape == (64, 1, 8, 8)

@@ -1,4 +1,4 @@
-"""A training resumed from any checkpoint ends in the weights of the uninterrupted one, bit for bit."""
+"""A training resumed from any checkpoint ends in the weights of the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from blocksparse.training import (
     Distillation,
     Optimization,
     ResNetCifar,
-    WeightsError,
 )
 
 EPOCHS = 3

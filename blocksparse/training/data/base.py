@@ -140,7 +140,7 @@ class ImageData(LightningDataModule):
         trainer = self.trainer
         if trainer is None or not trainer.training:
             return 0, 0
-        # As restored from the checkpoint; a batch counts once the loop has taken it up for training.
+        # As restored from the checkpoint; a batch counts once the loop has taken it up.
         return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def _shard(self) -> tuple[int, int]:

@@ -1,0 +1,251 @@
+"""The classifier: its loss, its state, and how it lives with Lightning."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.tuner import Tuner
+from torch import nn
+from torchvision.models import googlenet
+
+from blocksparse.training import (
+    Classifier,
+    Digits,
+    Distillation,
+    Fake,
+    Optimization,
+    ResNetCifar,
+    WeightsError,
+)
+from blocksparse.training.module import fingerprint
+
+
+def network(seed: int = 0) -> ResNetCifar:
+    torch.manual_seed(seed)
+    return ResNetCifar(1, 10, 1, (4, 4, 4))
+
+
+def trainer(**options) -> pl.Trainer:
+    settings = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 2}
+    return pl.Trainer(
+        **{**settings, **options},
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    e = np.exp(logits - logits.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def test_divergence_is_the_papers():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 5, 7)) * 3
+    for temperature in (1.0, 2.5):
+        p, q = softmax(teacher / temperature), softmax(student / temperature)
+        wanted = temperature**2 * (p * np.log(p / q)).sum() / 5
+        got = Distillation(temperature).divergence(torch.tensor(student), torch.tensor(teacher))
+        assert float(got) == pytest.approx(wanted, rel=1e-12)
+    assert float(Distillation().divergence(torch.tensor(student), torch.tensor(student))) == 0
+
+
+def test_distillation_refuses():
+    with pytest.raises(ValueError, match=r"distillation\.temperature is 0"):
+        Distillation(temperature=0)
+    with pytest.raises(ValueError, match=r"distillation\.weight is 1\.5"):
+        Distillation(weight=1.5)
+    with pytest.raises(ValueError, match="there is no teacher"):
+        Classifier(network(), distillation=Distillation())
+    with pytest.raises(ValueError, match=r"label_smoothing is 1\.0"):
+        Classifier(network(), label_smoothing=1.0)
+
+
+class Losses(pl.Callback):
+    """Keep the training loss of every step, and the batches."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.seen.append((float(outputs["loss"]), batch))
+
+
+def test_loss_mixes_smoothed_labels_and_teacher():
+    student, teacher = network(0), network(1)
+    start = copy.deepcopy(student)
+    module = Classifier(
+        student,
+        label_smoothing=0.2,
+        distillation=Distillation(temperature=3.0, weight=0.25),
+        teacher=teacher,
+    )
+    losses = Losses()
+    fit = trainer(max_steps=1)
+    fit.callbacks.append(losses)
+    fit.fit(module, datamodule=Digits(batch_size=8))
+    ((loss, (images, labels)),) = losses.seen
+    logits = start.train()(images).detach().double().numpy()
+    wanted = teacher.eval()(images).detach().double().numpy()
+    smoothed = np.full((8, 10), 0.02)
+    smoothed[np.arange(8), labels] += 0.8
+    hard = -(smoothed * np.log(softmax(logits))).sum() / 8
+    p, q = softmax(wanted / 3), softmax(logits / 3)
+    soft = 9 * (p * np.log(p / q)).sum() / 8
+    assert loss == pytest.approx(0.75 * hard + 0.25 * soft, rel=1e-5)
+
+
+def test_teacher_is_used_but_not_kept(tmp_path):
+    teacher = network(1).train()
+    before = fingerprint(teacher)
+    module = Classifier(network(), distillation=Distillation(), teacher=teacher)
+    assert set(module.state_dict()) == {f"model.{name}" for name in network().state_dict()}
+    fit = trainer()
+    fit.fit(module, datamodule=Digits(batch_size=8))
+    assert fingerprint(teacher) == before
+    assert not teacher.training
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == set(module.state_dict())
+    assert checkpoint["teacher"] == before
+    other = Classifier(network(), distillation=Distillation(), teacher=network(2))
+    with pytest.raises(WeightsError, match="another teacher"):
+        trainer(max_epochs=2).fit(
+            other, datamodule=Digits(batch_size=8), ckpt_path=tmp_path / "last.ckpt"
+        )
+
+
+def test_fingerprint_sees_every_value():
+    model = network()
+    prints = {fingerprint(model)}
+    for value in model.state_dict().values():
+        value.view(-1)[-1] += 1
+        prints.add(fingerprint(model))
+    assert len(prints) == len(model.state_dict()) + 1
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_deepcopy_while_training(channels_last):
+    class Copy(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            self.copied = copy.deepcopy(module.model)
+            self.whole = copy.deepcopy(module.state_dict())
+
+    fit, spy = trainer(), Copy()
+    fit.callbacks.append(spy)
+    module = Classifier(
+        network(), distillation=Distillation(), teacher=network(1), channels_last=channels_last
+    )
+    fit.fit(module, datamodule=Digits(batch_size=8))
+    for name, value in module.model.state_dict().items():
+        assert torch.equal(spy.copied.state_dict()[name], value)
+        assert torch.equal(spy.whole[f"model.{name}"], value)
+
+
+def test_fit_twice_validate_test_predict():
+    module = Classifier(network())
+    data = Digits(batch_size=32)
+    trainer().fit(module, datamodule=data)
+    fit = trainer(limit_val_batches=1.0, limit_test_batches=1.0)
+    fit.fit(module, datamodule=data)
+    (validated,) = fit.validate(module, datamodule=data, verbose=False)
+    (tested,) = fit.test(module, datamodule=data, verbose=False)
+    assert validated["val/accuracy"] == tested["test/accuracy"]
+    logits = torch.cat(fit.predict(module, data.val_dataloader()))
+    labels = torch.cat([labels for _, labels in data.val_dataloader()])
+    right = logits.argmax(1) == labels
+    among = (logits.topk(5, 1).indices == labels[:, None]).any(1)
+    assert validated["val/accuracy"] == pytest.approx(float(right.float().mean()), abs=1e-6)
+    assert validated["val/accuracy_top5"] == pytest.approx(float(among.float().mean()), abs=1e-6)
+    wanted = nn.functional.cross_entropy(logits, labels)
+    assert validated["val/loss"] == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_no_top5_with_five_classes():
+    module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)))
+    data = Fake(num_classes=5, input_shape=(1, 8, 8), train_size=64, val_size=64)
+    (figures,) = trainer().validate(module, datamodule=data, verbose=False)
+    assert set(figures) == {"val/loss", "val/accuracy"}
+
+
+def test_learning_rate_finder_leaves_training_as_it_was():
+    def weights(find: bool):
+        module = Classifier(network(), Optimization(lr=0.05))
+        data, fit = Digits(batch_size=8), trainer(max_epochs=2, limit_train_batches=15)
+        if find:
+            found = Tuner(fit).lr_find(module, datamodule=data, num_training=20, update_attr=False)
+            assert found is not None
+            assert len(found.results["lr"]) == 20
+        fit.fit(module, datamodule=data)
+        return module.state_dict()
+
+    plain, searched = weights(False), weights(True)
+    assert all(torch.equal(plain[name], value) for name, value in searched.items())
+
+
+def test_learning_rate_finder_sets_the_learning_rate():
+    module = Classifier(network(), Optimization(lr=0.05))
+    fit = trainer(limit_train_batches=40)
+    Tuner(fit).lr_find(module, datamodule=Digits(batch_size=8), num_training=30)
+    assert module.lr != 0.05
+    fit = trainer()
+    fit.fit(module, datamodule=Digits(batch_size=8))
+    assert fit.optimizers[0].param_groups[0]["initial_lr"] == module.lr
+
+
+def test_learning_rate_and_weight_decay_of_each_step():
+    class Spy(pl.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            self.seen.append(tuple(optimizer.param_groups[0][k] for k in ("lr", "weight_decay")))
+
+    fit, spy = trainer(max_epochs=2), Spy()
+    fit.callbacks.append(spy)
+    recipe = Optimization(lr=0.1, weight_decay=0.01, weight_decay_until=0.5, hold=0.5)
+    fit.fit(Classifier(network(), recipe), datamodule=Digits(batch_size=8))
+    lrs, decays = zip(*spy.seen, strict=True)
+    assert decays == (0.01,) * 4 + (0.0,) * 4
+    falling = [0.1 * (1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3)]
+    assert lrs == pytest.approx([0.1] * 5 + falling)
+
+
+def test_channels_last():
+    module = Classifier(network(), channels_last=True)
+    fit = trainer()
+    fit.fit(module, datamodule=Digits(batch_size=8))
+    weight = module.model.layer1[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert module.state_dict()["model.conv1.weight"].shape == (4, 1, 3, 3)
+
+
+def test_mixed_precision():
+    module = Classifier(network(), distillation=Distillation(), teacher=network(1))
+    trainer(precision="bf16-mixed").fit(module, datamodule=Digits(batch_size=8))
+    assert module.model.conv1.weight.dtype == torch.float32
+
+
+def test_auxiliary_logits_join_the_loss():
+    torch.manual_seed(0)
+    model = googlenet(num_classes=3, init_weights=False, dropout=0.0, dropout_aux=0.0)
+    module = Classifier(model)
+    module.log = lambda *args, **kwargs: None
+    module.optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.5)
+    batch = (torch.randn(3, 3, 64, 64), torch.tensor([0, 2, 1]))
+    loss = module.training_step(batch, 0)
+    outputs = model(batch[0])
+    parts = [
+        nn.functional.cross_entropy(logits, batch[1])
+        for logits in (outputs.logits, outputs.aux_logits1, outputs.aux_logits2)
+    ]
+    torch.testing.assert_close(loss, parts[0] + 0.3 * parts[1] + 0.3 * parts[2])
+    assert module.eval()(batch[0]).shape == (3, 3)
