@@ -154,8 +154,8 @@ def channel_cover(importance: np.ndarray) -> np.ndarray:
     # mates[r] is the block column that block row r is matched with, -1 if none.
     mates = np.full(rows, -1)
     _match_greedily(best, mates, above=0.0)
-    for row in np.flatnonzero(mates < 0):
-        _augment(best > 0.0, mates, int(row))
+    for free_row in np.flatnonzero(mates < 0):
+        _augment(best > 0.0, mates, int(free_row))
     _match_greedily(best, mates, above=-1.0)
     free_rows = np.flatnonzero(mates < 0)
     free_cols = np.setdiff1d(np.arange(cols), mates)
