@@ -107,6 +107,8 @@ def choose(
     used = _matrix(weight) != 0
     nonzero = int(np.count_nonzero(used))
     # Every layout stores at least the nonzeros.
+    if nonzero == weight.size:
+        return dense, "dense: no zeros"
     if nonzero * 4 * SLACK > dense.bytes:
         return dense, f"dense: only {1 - nonzero / weight.size:.1%} of it is zero"
     sparse = list(_candidates(used, pattern, block))

@@ -122,7 +122,8 @@ class ExportReport:
                 "layout": row.layout,
                 "density": f"{row.density:.1%}",
                 "bytes": f"{row.bytes:,}",
-                "reason": row.reason,
+                # The layout has a column of its own.
+                "reason": row.reason.removeprefix(f"{row.layout}: "),
             }
             for row in self.layers
         ]

@@ -108,7 +108,7 @@ def test_reasons_give_figures():
     block = choose(quarter, pattern=Block(8, 8))
     assert block[1] == "bsr 8x8: 25.0% of blocks, 0.26 of dense bytes"
     assert choose(GROUPS)[1] == "nm 2:4: 2 of every 4 channels, 0.53 of dense bytes"
-    assert choose(np.ones((8, 8)))[1] == "dense: only 0.0% of it is zero"
+    assert choose(np.ones((8, 8)))[1] == "dense: no zeros"
     scattered = choose(with_blocks((64, 64), (1, 1), 0.6), pattern=Unstructured())[1]
     assert scattered.startswith("dense: 39.5% of it is zero")
     assert "but bsr 1x1 takes 1.2" in scattered
