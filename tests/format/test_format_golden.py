@@ -119,7 +119,6 @@ def test_damage(tmp_path):
 def test_every_byte_damaged(tmp_path):
     path = golden("v1")
     raw, original = path.read_bytes(), read(path)
-    for at in range(len(raw)):
-        for flip in (0x01, 0x80, 0xFF):
-            bad = raw[:at] + bytes([raw[at] ^ flip]) + raw[at + 1 :]
-            survives(tmp_path / "bad", bad, original)
+    for at, flip in enumerate(np.random.default_rng(0).choice([0x01, 0x04, 0x80, 0xFF], len(raw))):
+        bad = raw[:at] + bytes([raw[at] ^ int(flip)]) + raw[at + 1 :]
+        survives(tmp_path / "bad", bad, original)

@@ -127,6 +127,18 @@ def test_nm_by_hand():
     assert (weight.nbytes_values, weight.nbytes_indices) == (24, 2)
 
 
+@pytest.mark.parametrize(("n", "m"), [(7, 256), (5, 17), (3, 64)])
+def test_nm_in_wide_groups(n, m):
+    array = np.zeros((5, 600, 1, 1), np.float32)
+    rng = np.random.default_rng(m)
+    for k in range(5):
+        for first in range(0, 600 - m, m):
+            array[k, first + rng.permutation(m)[: rng.integers(0, n + 1)]] = 1 + rng.random()
+    weight = NMWeight.from_dense(array, n, m)
+    np.testing.assert_array_equal(weight.to_dense(), array)
+    assert (np.diff(weight.unpack_indices().astype(int), axis=-1) >= 0).all()
+
+
 def test_two_four_is_half_plus_index_bits():
     array = np.zeros((64, 64, 3, 3), np.float32)
     weight = NMWeight.from_dense(array, 2, 4)
