@@ -31,7 +31,7 @@ def golden_model() -> Model:
     rng = np.random.default_rng(0)
 
     def sparse(*shape: int, keep: float = 1.0) -> np.ndarray:
-        values = rng.standard_normal(shape).astype(np.float32) / np.sqrt(np.prod(shape[1:]))
+        values = rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
         return (values * (rng.random((*shape[:2], *[1] * (len(shape) - 2))) < keep)).astype("f4")
 
     def conv(activation: str, **changed: object) -> dict[str, object]:
