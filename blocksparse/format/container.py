@@ -25,7 +25,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 """The safetensors dtypes that occur in a model file, all little-endian."""
 
-MAX_HEADER = 2**24
+MAX_HEADER = 2**22
 """Largest header, in bytes."""
 
 MAX_AXIS = 2**31 - 1
