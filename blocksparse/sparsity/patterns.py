@@ -220,10 +220,9 @@ class VectorNM(Pattern):
         pad = (0, groups * self.m - ins, 0, 0, 0, vectors * self.vector - outs)
         tiles = torch.nn.functional.pad(terms, pad)
         column = tiles.reshape(vectors, self.vector, taps, groups, self.m).sum(1)
-        # Rounded before it is ranked, for the reason `scores` gives. Channels that are only
-        # padding rank below every real one, so that they never take one of the n places.
+        # Rounded before it is ranked, for the reason `scores` gives. Channels that are only padding
+        # are the last of their group, so that a stable sort leaves them behind every real one.
         rank = column.to(torch.float32)
-        rank[..., -1, self.m - (groups * self.m - ins) :] = -1.0
         order = rank.sort(dim=-1, descending=True, stable=True).indices
         chosen = torch.zeros_like(rank, dtype=torch.bool)
         chosen.scatter_(-1, order[..., : self.n], True)

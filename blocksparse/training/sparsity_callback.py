@@ -228,8 +228,8 @@ class SparsityCallback(Callback):
             )
         self._total_steps = max(int(total), 1) if math.isfinite(total) else 1
         self._updated_at = min(self._updated_at, trainer.global_step)  # a new trainer counts anew
+        self._release()
         masked, network = self._active, self._network(pl_module)
-        masked.forget()
         if not masked.packed and masked.plan.pruned:
             self._update(trainer, network, trainer.global_step)
         masked.impose(network)
@@ -241,7 +241,6 @@ class SparsityCallback(Callback):
             if self._due(trainer.global_step + 1):
                 self._update(trainer, network, trainer.global_step + 1)
 
-        self._release()
         self._hooks = [
             optimizer.register_step_post_hook(after_step) for optimizer in trainer.optimizers
         ]
@@ -264,12 +263,11 @@ class SparsityCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that what was promised is there."""
         masked, network = self._active, self._network(pl_module)
-        self._release()
         # The mixed-precision scaler may have skipped the very last step.
         if self._due(trainer.global_step):
             self._update(trainer, network, trainer.global_step)
         masked.impose(network)
-        masked.forget()
+        self._release()
         self._zeros = masked.count(network)
         if self.finished:
             masked.check_reached(self._zeros)
@@ -287,7 +285,7 @@ class SparsityCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Stop watching the optimizers."""
+        """Let go of optimizers and weights."""
         self._release()
 
     # -- inner workings ------------------------------------------------------------------------
@@ -349,7 +347,7 @@ class SparsityCallback(Callback):
 
     def _update(self, trainer: Trainer, network: nn.Module, step: int) -> None:
         """Build the masks anew from the weights, and impose them."""
-        share = max(self._share, self.schedule.at(step / self._total_steps))
+        share = self.schedule.at(step / self._total_steps)
         # All ranks have the same weights, yet the ranking of one counts: they cannot differ. It
         # sends its error too, or the others would wait for masks that never come.
         built: dict[str, Tensor] | ValueError | None = None
@@ -372,3 +370,5 @@ class SparsityCallback(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._masked is not None:
+            self._masked.forget()

@@ -16,6 +16,7 @@ from blocksparse.sparsity import (
     Block,
     Floors,
     Global,
+    Layers,
     MaskedWeights,
     Uniform,
     Unstructured,
@@ -67,6 +68,29 @@ def test_a_ramp_only_ever_drops_and_ends_at_the_target(pattern, allocation, seed
     masked.check_reached(zeros)
     for layer in plan.pruned:
         assert zeros[layer.param] == int((~before[layer.param]).sum())
+
+
+def test_no_unit_is_called_back_because_fewer_would_do():
+    model = nn.Linear(9, 4)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+        model.weight[0, 8] = 0.1  # a ragged block of one, the least important
+        model.weight[3, :4] = 0.5  # a full block of four, the next
+    plan = resolve(
+        model,
+        target=4 / 36,
+        pattern=Block(1, 4),
+        floors=Floors(0.0, keep_channels=False),
+        layers=Layers(classifier_dense=False),
+    )
+    masked = MaskedWeights(plan)
+    for share in (0.9, 1.0):  # both ask for 4 zeros; now that all 5 are zero, 4 are to be had
+        masked.adopt(masked.build(model, share))
+        masked.impose(model)
+        mask = masked.masks["weight"]
+        assert not mask[0, 8]
+        assert not mask[3, :4].any()
+        assert int((~mask).sum()) == 5
 
 
 def test_imposing_gives_plain_zeros_whatever_was_there():

@@ -143,6 +143,9 @@ class Saver(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         trainer.save_checkpoint(self.folder / f"early-{trainer.global_step}.ckpt")
+        callback = next(c for c in trainer.callbacks if isinstance(c, SparsityCallback))
+        for param, mask in callback.masks.items():  # in training too, not only in what is saved
+            assert (pl_module.model.get_parameter(param)[~mask] == 0).all()
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -284,6 +287,22 @@ def test_a_second_fit_keeps_the_masks(tmp_path):
     assert same(callback.masks, masks)
     for param, mask in masks.items():
         assert (module.model.get_parameter(param)[~mask] == 0).all()
+
+
+class Fail(Callback):
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_step == 10:
+            raise RuntimeError("the power went out")
+
+
+def test_a_fit_after_a_failed_one_masks_the_network_it_is_given(tmp_path):
+    module, callback = Tiny(), sparsity()
+    with pytest.raises(RuntimeError, match="power"):
+        trainer(tmp_path, callback, Fail()).fit(module, loader())
+    other = copy.deepcopy(module)
+    trainer(tmp_path, callback).fit(other, loader())
+    for param, mask in callback.masks.items():
+        assert (other.model.get_parameter(param)[~mask] == 0).all()
 
 
 class Stop(Callback):
