@@ -288,7 +288,7 @@ class Report:
             lines += ["", remark]
         lines += ["", f"Run in {self.seconds:.0f} s on {self.machine}.", ""]
         lines += [f"Written to `{self.folder}`:", ""]
-        lines += [f"- `{path}`: {what}" for what, path in self.files.items()]
+        lines += [f"- `{path}`: {what}" for path, what in self.files.items()]
         return "\n".join(lines) + "\n"
 
     def to_dict(self) -> dict[str, Any]:

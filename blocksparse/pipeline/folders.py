@@ -5,6 +5,7 @@ Nothing here imports torch, so that ``python train.py --help`` answers at once.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +120,10 @@ def resume_point(target: str | Path) -> tuple[RunFolder, Path | None]:
 
 
 def _run_folder(resume: str | None, runs: str, name: str, time: str) -> str:
-    if resume is not None:
-        return str(resume_point(resume)[0].path)
+    # Where there is nothing to go on from, the job says so, better than a resolver can.
+    with suppress(FileNotFoundError):
+        if resume is not None:
+            return str(resume_point(resume)[0].path)
     return str(Path(runs) / name / time)
 
 

@@ -21,7 +21,7 @@ from blocksparse.perf import describe_machine, usable_cores
 from blocksparse.pipeline import measure
 from blocksparse.pipeline.console import console, key_values, quieten, say
 from blocksparse.pipeline.folders import RunFolder
-from blocksparse.pipeline.setup import build, build_data, build_network, check, is_set
+from blocksparse.pipeline.setup import build, build_data, build_network, check, is_set, preview
 from blocksparse.pipeline.stages import Stage, save_weights
 from blocksparse.report import Report
 from blocksparse.sparsity import Plan, checkpoint_plan
@@ -32,9 +32,6 @@ from blocksparse.training.sparsity_callback import SparsityCallback
 __all__ = ["run"]
 
 _log = logging.getLogger(__name__)
-
-# Real images that the exported file is compared on besides the validation set.
-VERIFIED_IMAGES = 32
 
 
 def run(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None = None) -> Report:
@@ -88,6 +85,8 @@ class _Job:
         self.checkpoint = checkpoint.resolve() if checkpoint else None
         self.data = build_data(cfg)
         self.network = build_network(cfg, self.data)
+        self.pruning: SparsityCallback = build(cfg.sparsity, save_dir=str(folder.path))
+        preview(self.pruning, self.network)
 
     def announce(self) -> None:
         """Print what was decided, and save the configuration."""
@@ -134,7 +133,7 @@ class _Job:
             plan = checkpoint_plan(torch.load(target, weights_only=True))
             assert plan is not None  # written below, together with the weights
             return network.eval(), plan
-        callback: SparsityCallback = build(self.cfg.sparsity, save_dir=str(self.folder.path))
+        callback = self.pruning
         callbacks: list[pl.Callback] = [callback]
         if is_set(self.cfg.batchnorm):
             callbacks.append(build(self.cfg.batchnorm))
@@ -153,9 +152,10 @@ class _Job:
         return export_file(
             sparse,
             self.folder.model,
-            images[:VERIFIED_IMAGES],
+            images[: self.cfg.export.images],
             val_loader=self._validation(),
             patterns=plan.patterns(),
+            block=tuple(self.cfg.export.block) if self.cfg.export.block else None,
             classes=self.data.classes,
             preprocessing=self.data.preprocessing,
             provenance={"config": OmegaConf.to_container(self.cfg, resolve=True)},
@@ -203,7 +203,7 @@ class _Job:
 
     def _validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return the validation batches that count for the report."""
-        return islice(self.data.val_dataloader(), self.cfg.report.val_batches)
+        return islice(self.data.val_dataloader(), self.cfg.export.val_batches)
 
     def _dense_source(self) -> str | None:
         """Say why there is no dense training, if there is none."""

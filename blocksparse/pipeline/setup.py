@@ -10,9 +10,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from blocksparse.sparsity import Plan, resolve
 from blocksparse.training import ImageData
+from blocksparse.training.sparsity_callback import SparsityCallback
 
-__all__ = ["build", "build_data", "build_network", "check", "is_set"]
+__all__ = ["build", "build_data", "build_network", "check", "is_set", "preview"]
 
 
 def is_set(node: Any) -> bool:
@@ -45,22 +47,26 @@ def build_data(cfg: DictConfig) -> ImageData:
     return data
 
 
-def build_network(cfg: DictConfig, data: ImageData, weights: str | None = None) -> nn.Module:
-    """Return the network for this data.
-
-    Parameters
-    ----------
-    cfg
-        The whole configuration.
-    data
-        Gives the shape of an image and the number of classes.
-    weights
-        A file, or the name of torchvision weights; random weights by default.
-    """
+def build_network(cfg: DictConfig, data: ImageData) -> nn.Module:
+    """Return the network for this data, with the weights that the configuration names."""
     network: nn.Module = build(
-        cfg.model, num_classes=data.num_classes, input_shape=data.input_shape, weights=weights
+        cfg.model, num_classes=data.num_classes, input_shape=data.input_shape
     )
     return network
+
+
+def preview(callback: SparsityCallback, network: nn.Module) -> Plan:
+    """Return what would be pruned, so that a mistake shows before the dense training."""
+    return resolve(
+        network,
+        target=callback.target,
+        pattern=callback.pattern,
+        score=callback.score,
+        allocation=callback.allocation,
+        floors=callback.floors,
+        layers=callback.layers,
+        initial=callback.initial,
+    )
 
 
 def check(cfg: DictConfig) -> None:
@@ -69,7 +75,7 @@ def check(cfg: DictConfig) -> None:
     Raises
     ------
     ValueError
-        For a missing value, an accelerator that is not there, or epochs that do not fit.
+        For a missing value, one that cannot be, or an accelerator that is not there.
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -93,3 +99,12 @@ def check(cfg: DictConfig) -> None:
             f"dense.epochs={cfg.dense.epochs}, sparse.epochs={cfg.sparse.epochs}: dense training "
             "takes 0 epochs or more, pruning at least 1"
         )
+    if cfg.export.val_batches is not None and cfg.export.val_batches < 1:
+        raise ValueError(
+            f"export.val_batches={cfg.export.val_batches}: the report needs the accuracy on at "
+            "least 1 batch; null takes all"
+        )
+    # Their constructors know what may be set.
+    for node in (cfg.dense.optimizer, cfg.sparse.optimizer, cfg.distillation, cfg.batchnorm):
+        if is_set(node):
+            build(node)

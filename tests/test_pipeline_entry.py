@@ -1,0 +1,85 @@
+"""What Hydra calls: overrides of a resumed run, errors, and sweeps in which a job fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from blocksparse.pipeline.entry import resumed_config
+from blocksparse.pipeline.folders import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    made = RunFolder(tmp_path)
+    saved = {"seed": 3, "trainer": {"accelerator": "gpu"}, "data": {"root": "/there"}}
+    OmegaConf.save(OmegaConf.create(saved), made.config)
+    return made
+
+
+def test_resumed_run_keeps_its_configuration(folder: RunFolder) -> None:
+    cfg = resumed_config(folder, ["resume=here"], {"data"})
+    assert OmegaConf.to_container(cfg) == OmegaConf.to_container(OmegaConf.load(folder.config))
+
+
+def test_resumed_run_may_move_to_another_machine(folder: RunFolder) -> None:
+    overrides = ["trainer.accelerator=cpu", "data.root=/here", "+trainer.benchmark=true"]
+    cfg = resumed_config(folder, overrides, {"data"})
+    assert cfg.trainer == {"accelerator": "cpu", "benchmark": True}
+    assert cfg.data.root == "/here"
+    assert cfg.seed == 3
+
+
+@pytest.mark.parametrize("override", ["seed=4", "data=digits", "sparse.epochs=9"])
+def test_resumed_run_cannot_become_another(folder: RunFolder, override: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{override}: a run that goes on keeps"):
+        resumed_config(folder, ["resume=here", override], {"data", "model"})
+
+
+def train(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        check=False,
+    )
+
+
+def test_mistake_is_one_line_and_leaves_the_traceback_in_the_log(tmp_path: Path) -> None:
+    done = train("model.name=resnet21", "name=wrong", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.startswith("error: model.name=resnet21")
+    assert "Traceback" not in done.stdout + done.stderr
+    (log,) = tmp_path.glob("runs/wrong/*/run.log")
+    assert "Traceback" in log.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.slow
+def test_first_command_prints_only_its_own(tmp_path: Path) -> None:
+    done = train("experiment=smoke", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert not done.stderr
+    assert "Warning" not in done.stdout
+    assert "lightning" not in done.stdout.lower()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.slow
+def test_failing_job_leaves_the_rest_of_a_sweep_alone(tmp_path: Path) -> None:
+    done = train("-m", "experiment=smoke", "sparsity.target=0.5,0.999,0.75", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "sparsity target 0.999 cannot be reached" in done.stdout
+    (sweep,) = tmp_path.glob("runs/smoke/*")
+    made = sorted(path.parent.name for path in sweep.glob("*/report.json"))
+    assert made == ["0", "2"]
+    assert not (sweep / "1" / "model.bsr.safetensors").exists()
