@@ -63,7 +63,9 @@ class Allocation(ABC):
         Raises
         ------
         Unreachable
-            If the pattern or the floors do not leave enough.
+            If the floors do not leave enough.
+        ValueError
+            If the pattern cannot give as much, or a glob matches no layer.
         """
 
 
@@ -74,7 +76,7 @@ class Uniform(Allocation):
     def zeros(self, layers: Sequence[Candidate], target: float, limit: float) -> list[int | None]:
         """Return the weights that must go per layer; see `Allocation.zeros`."""
         share = share_of(target, limit)
-        wanted = _check_room(layers, share)
+        wanted = _check_room(layers, share, limit)
         result = {layer.name: layer.most for layer in layers}
         level, rest = share, list(layers)
         while rest:
@@ -98,7 +100,7 @@ class Global(Allocation):
 
     def zeros(self, layers: Sequence[Candidate], target: float, limit: float) -> list[int | None]:
         """Return None for every layer; see `Allocation.zeros`."""
-        wanted = _check_room(layers, share_of(target, limit))
+        wanted = _check_room(layers, share_of(target, limit), limit)
         return [None] * len(layers) if wanted else [0] * len(layers)
 
 
@@ -146,8 +148,8 @@ class Targets(Allocation):
             wanted = weights_for(share_of(sparsity, limit), layer.full)
             if wanted > layer.most:
                 raise Unreachable(
-                    f"{layer.name}: targets ask for sparsity {sparsity:g}, and the floors allow at "
-                    f"most {layer.most} of the {layer.full} weights that could go"
+                    f"at most {layer.most / layer.full * limit:.4f} in {layer.name}, for which "
+                    f"targets ask {sparsity:g}"
                 )
             result[layer.name] = wanted
         return [result[layer.name] for layer in layers]
@@ -163,28 +165,29 @@ def share_of(sparsity: float, limit: float) -> float:
 
     Raises
     ------
-    Unreachable
+    ValueError
         If it is more than the pattern can give.
     """
     if sparsity > limit + 1e-9:
-        raise Unreachable(
-            f"sparsity {sparsity:g} is more than the pattern can give: at most {limit:g}"
+        raise ValueError(
+            f"sparsity {sparsity:g} is more than the pattern can give, which is {limit:g}: lower "
+            "sparsity.target, or choose another pattern"
         )
     return min(sparsity / limit, 1.0)
 
 
-def _check_room(layers: Sequence[Candidate], share: float) -> int:
+def _check_room(layers: Sequence[Candidate], share: float, limit: float) -> int:
     """Return the weights that ``share`` of all layers asks for, if the floors leave as many."""
     full = sum(layer.full for layer in layers)
     most = sum(layer.most for layer in layers)
     wanted = weights_for(share, full)
     if wanted > most:
-        tight = [layer for layer in layers if weights_for(share, layer.full) > layer.most]
-        tight.sort(key=lambda layer: weights_for(share, layer.full) - layer.most, reverse=True)
-        named = ", ".join(f"{layer.name} {layer.most / layer.full:.3f}" for layer in tight[:5])
-        more = f" and {len(tight) - 5} more" if len(tight) > 5 else ""
+        lacking = {layer: weights_for(share, layer.full) - layer.most for layer in layers}
+        tight = sorted((x for x in layers if lacking[x] > 0), key=lambda x: -lacking[x])
+        named = [f"{layer.name} {layer.most / layer.full * limit:.4f}" for layer in tight[:8]]
+        named += [f"and {len(tight) - 8} more"] if len(tight) > 8 else []
         raise Unreachable(
-            f"the floors allow at most {most} of {full} weights to go, a share of "
-            f"{most / full:.4f}, and {share:.4f} is asked for. Tightest are: {named}{more}"
+            f"at most {most / full * limit:.4f} in all. Layers that cannot take their share, and "
+            f"what they can take: {', '.join(named)}"
         )
     return wanted

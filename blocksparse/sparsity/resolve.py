@@ -97,7 +97,13 @@ def resolve(
         goals = allocation.zeros(candidates, target, pattern.limit)
         starts = _starts(network, candidates, pattern, score, floors, initial, target)
     except Unreachable as error:
-        raise ValueError(f"{_remedy(target, pattern, floors)} Details: {error}.") from error
+        raise ValueError(
+            f"sparsity target {target:g} cannot be reached. With {pattern}, the floors "
+            f"(keep_channels={floors.keep_channels}, min_density={floors.min_density:g}) allow "
+            f"{error}. Lower the target, take smaller blocks or one choice per kernel position "
+            "(sparsity=block8x8_per_position), widen the network, or loosen sparsity.keep_channels "
+            "or sparsity.min_density"
+        ) from error
     by_name = {
         candidate.name: (candidate, goal, start)
         for candidate, goal, start in zip(candidates, goals, starts, strict=True)
@@ -186,14 +192,3 @@ def _starts(
         min(weights_for(initial / pattern.limit, candidate.full), candidate.most)
         for candidate in candidates
     ]
-
-
-def _remedy(target: float, pattern: Pattern, floors: Floors) -> str:
-    """Say what cannot be had, and how to mend it."""
-    return (
-        f"sparsity target {target:g} cannot be reached with {pattern}, keep_channels="
-        f"{floors.keep_channels} and min_density={floors.min_density:g}. Lower sparsity.target, "
-        "take smaller blocks or one choice per kernel position "
-        "(sparsity=block8x8_per_position), or loosen sparsity.keep_channels or "
-        "sparsity.min_density."
-    )

@@ -150,6 +150,19 @@ class SparsityCallback(Callback):
         """Return the pattern of each pruned parameter, by its name in the network."""
         return self.plan.patterns() if self.plan else {}
 
+    def plan_for(self, network: nn.Module) -> Plan:
+        """Return what these settings mean for ``network``, without a fit; see `resolve`."""
+        return resolve(
+            network,
+            target=self.target,
+            pattern=self.pattern,
+            score=self.score,
+            allocation=self.allocation,
+            floors=self.floors,
+            layers=self.layers,
+            initial=self.initial,
+        )
+
     # -- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,17 +211,7 @@ class SparsityCallback(Callback):
             )
         network = self._network(pl_module)
         if self._masked is None:
-            plan = resolve(
-                network,
-                target=self.target,
-                pattern=self.pattern,
-                score=self.score,
-                allocation=self.allocation,
-                floors=self.floors,
-                layers=self.layers,
-                initial=self.initial,
-            )
-            self._masked = MaskedWeights(plan)
+            self._masked = MaskedWeights(self.plan_for(network))
         self._check_settings()
         plan = self._masked.plan
         plan.weights(network)  # refuses another network than the plan's

@@ -294,11 +294,14 @@ class Fail(Callback):
         if trainer.global_step == 10:
             raise RuntimeError("the power went out")
 
+    def on_exception(self, trainer, pl_module, exception):
+        raise exception  # so that the callbacks after this one never hear of it
+
 
 def test_a_fit_after_a_failed_one_masks_the_network_it_is_given(tmp_path):
     module, callback = Tiny(), sparsity()
     with pytest.raises(RuntimeError, match="power"):
-        trainer(tmp_path, callback, Fail()).fit(module, loader())
+        trainer(tmp_path, Fail(), callback).fit(module, loader())
     other = copy.deepcopy(module)
     trainer(tmp_path, callback).fit(other, loader())
     for param, mask in callback.masks.items():
