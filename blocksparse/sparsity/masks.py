@@ -53,6 +53,7 @@ def layer_mask(
 
     Examples
     --------
+    >>> from blocksparse.sparsity import Block
     >>> layer_mask(torch.tensor([[1.0, 3.0, 2.0, 4.0]]), Block(1, 2), 0.5).tolist()
     [[False, False, True, True]]
     """
