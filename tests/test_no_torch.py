@@ -48,11 +48,11 @@ except ImportError as error:
 def test_an_exported_model_runs(engine):
     code = """
 import blocksparse, numpy as np
-from blocksparse.cli.verify import relative_tolerance
+from blocksparse.runtime.tolerance import tolerance
 golden = np.load(sys.argv[2])
 network = blocksparse.load(sys.argv[1], engine=sys.argv[3])
 logits = network(golden["x"])
-allowed = relative_tolerance(network.model) * abs(golden["logits"]).max()
+allowed = tolerance(network.model, abs(golden["logits"]).max())
 np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=allowed)
 print(logits.shape[0], len(golden["x"]))
 """

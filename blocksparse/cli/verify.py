@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 IMAGES = 3  # odd and above one, so that batch handling shows
-SAFETY = 8.0
 
 EPILOG = """\
 examples:
@@ -33,7 +31,7 @@ compiled engine gives the same up to rounding, also for one image at a time, and
 when called twice and with another number of threads.
 
 Two engines add in different orders, so they differ by rounding. What is allowed follows from the
-length of the sums: 8 x 2^-23 x sqrt(weights behind one output, summed over the layers) x the
+length of the sums: 4 x 2^-23 x sqrt(terms of the dot products along the longest path) x the
 largest output.
 
 exit status: 0 sound, 1 not sound (a warning alone is sound), 2 wrong command line"""
@@ -127,16 +125,6 @@ def checks_of(path: Path, threads: int | None, seed: int) -> Iterator[Check]:
     yield from _runs(model, threads, seed)
 
 
-def relative_tolerance(model: Model) -> float:
-    """Return how far two engines may differ, relative to the largest output.
-
-    A sum of L products in float32 is off by about eps * sqrt(L) (rounding errors of random sign),
-    and errors of successive layers add up the same way.
-    """
-    lengths = sum(prod(weight.shape[1:]) for weight in model.weights.values())
-    return SAFETY * float(np.finfo(np.float32).eps) * sqrt(max(lengths, 1))
-
-
 def _no_subnormals(model: Model) -> Check:
     name = "no subnormal weights"
     least = np.finfo(np.float32).tiny
@@ -156,6 +144,7 @@ def _no_subnormals(model: Model) -> Check:
 
 def _runs(model: Model, threads: int | None, seed: int) -> Iterator[Check]:
     from blocksparse.runtime import load, reference
+    from blocksparse.runtime.tolerance import tolerance
 
     random = np.random.default_rng(seed)
     images = random.standard_normal((IMAGES, *model.input_shape), dtype=np.float32)
@@ -169,7 +158,7 @@ def _runs(model: Model, threads: int | None, seed: int) -> Iterator[Check]:
     detail = f"{IMAGES} random images (seed {seed}), outputs finite, largest {largest:.3g}"
     yield Check("reference engine", "passed", detail)
 
-    allowed = relative_tolerance(model) * largest
+    allowed = tolerance(model, largest)
     network = load(model, threads=threads)
     engine = str(network.engine)
     if engine.startswith("reference"):  # load has fallen back

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from blocksparse.export import export_model
-from blocksparse.export.verify import tolerance
+from blocksparse.runtime.tolerance import tolerance
 from blocksparse.format import Model
 from blocksparse.runtime import load
 

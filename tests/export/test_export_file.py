@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from blocksparse.export import VerificationError, WeightError, export_file
 from blocksparse.export import file as export_file_module
-from blocksparse.export.verify import tolerance
+from blocksparse.runtime.tolerance import tolerance
 from blocksparse.format import BsrWeight, NMWeight, Preprocessing
 from blocksparse.format.reader import read
 from blocksparse.format.writer import write

@@ -10,7 +10,7 @@ from export_networks import exported, ops, randomized
 from torch import nn
 
 from blocksparse.export import CaptureError, UnsupportedOpError, WeightError, export_model
-from blocksparse.export.verify import tolerance
+from blocksparse.runtime.tolerance import tolerance
 from blocksparse.runtime import load
 
 
