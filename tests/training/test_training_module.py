@@ -152,7 +152,7 @@ def test_deepcopy_while_training(channels_last):
 
 def test_fit_twice_validate_test_predict():
     module = Classifier(network())
-    data = Digits(batch_size=32)
+    data = Digits(batch_size=32, val_batch_size=100)  # and a last batch of 60
     trainer().fit(module, datamodule=data)
     fit = trainer(limit_val_batches=1.0, limit_test_batches=1.0)
     fit.fit(module, datamodule=data)

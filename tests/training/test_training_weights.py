@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -103,6 +104,21 @@ def test_nothing_else_may(tmp_path):
     assert "Check that model.name" in text
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda state: state.pop("bn1.bias"), "missing in the file (1): bn1.bias"),
+        (lambda state: state.update(new=torch.ones(1)), "unexpected in the file (1): new"),
+        (lambda state: state.update({"bn1.bias": torch.ones(5)}), "bn1.bias (5,), expected (4,)"),
+    ],
+)
+def test_each_difference_alone_is_an_error(change, text):
+    state = dict(network().state_dict())
+    change(state)
+    with pytest.raises(WeightsError, match=re.escape(text)):
+        load_weights(network(), state, "changed.pth")
 
 
 def test_long_lists_are_cut():
