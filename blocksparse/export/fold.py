@@ -17,7 +17,8 @@ def fold(draft: Draft) -> None:
 
     Products are taken in float64 and weights rounded to float32 once, in place of the draft's nodes
     (new arrays: the captured model is not written to). Zeros stay exactly zero. An affine node that
-    cannot be folded stays; one that does nothing goes.
+    cannot be folded stays; one that does nothing goes. Run before `blocksparse.export.fuse.fuse`,
+    while no layer has an activation or a residual yet.
 
     Parameters
     ----------
@@ -33,21 +34,14 @@ def fold(draft: Draft) -> None:
         if node.op != "affine":
             continue
         source = draft.nodes.get(node.inputs[0])
-        if source is not None and draft.sole_user(source.name) is node and _takes_affine(source):
+        if source is None or source.op not in ("conv2d", "linear", "affine"):
+            continue
+        if draft.sole_user(source.name) is node:
             _absorb(source, node)
             draft.bypass(node)
     for node in draft:
         if node.op == "affine" and np.all(_scale(node) == 1) and np.all(_shift(node) == 0):
             draft.bypass(node)
-
-
-def _takes_affine(node: DraftNode) -> bool:
-    """Whether the node ends in a product or sum per channel, with nothing after it."""
-    return (
-        node.op in ("conv2d", "linear", "affine")
-        and node.attrs["activation"] == "none"
-        and len(node.inputs) == 1
-    )
 
 
 def _absorb(node: DraftNode, affine: DraftNode) -> None:

@@ -108,12 +108,8 @@ def _fuse_adds(draft: Draft) -> None:
 
 
 def _takes_residual(draft: Draft, conv: DraftNode, add: DraftNode) -> bool:
-    return (
-        conv.op == "conv2d"
-        and len(conv.inputs) == 1
-        and conv.attrs["activation"] == "none"
-        and draft.sole_user(conv.name) is add
-    )
+    # Its activation cannot be set yet: activations are fused after the adds.
+    return conv.op == "conv2d" and len(conv.inputs) == 1 and draft.sole_user(conv.name) is add
 
 
 def _fuse_activations(draft: Draft) -> None:

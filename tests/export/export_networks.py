@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from blocksparse.export import export_model
-from blocksparse.runtime.tolerance import tolerance
 from blocksparse.format import Model
 from blocksparse.runtime import load
+from blocksparse.runtime.tolerance import tolerance
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:

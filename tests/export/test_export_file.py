@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from blocksparse.export import VerificationError, WeightError, export_file
 from blocksparse.export import file as export_file_module
-from blocksparse.runtime.tolerance import tolerance
 from blocksparse.format import BsrWeight, NMWeight, Preprocessing
 from blocksparse.format.reader import read
 from blocksparse.format.writer import write
 from blocksparse.runtime import load
+from blocksparse.runtime.tolerance import tolerance
 from blocksparse.sparsity.patterns import Block
 from blocksparse.training import ResNetCifar
 

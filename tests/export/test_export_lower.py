@@ -10,8 +10,8 @@ from export_networks import exported, ops, randomized
 from torch import nn
 
 from blocksparse.export import CaptureError, UnsupportedOpError, WeightError, export_model
-from blocksparse.runtime.tolerance import tolerance
 from blocksparse.runtime import load
+from blocksparse.runtime.tolerance import tolerance
 
 
 class Branches(nn.Module):

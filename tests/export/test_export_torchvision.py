@@ -12,8 +12,8 @@ from export_networks import prune_blocks, prune_groups, randomized
 from torch import nn
 
 from blocksparse.export import ExportReport, export_file
-from blocksparse.runtime.tolerance import tolerance
 from blocksparse.runtime import load
+from blocksparse.runtime.tolerance import tolerance
 from blocksparse.training import ResNetCifar, build_model
 from blocksparse.training.data import ImageFolder
 
