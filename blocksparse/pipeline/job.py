@@ -61,6 +61,8 @@ def run(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None = None) -> R
     started = time.perf_counter()
     quieten()
     check(cfg)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     job = _Job(cfg, folder, checkpoint)
     job.announce()

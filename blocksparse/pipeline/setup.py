@@ -94,6 +94,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(
             "trainer.accelerator=mps, but this machine has none; set trainer.accelerator=cpu"
         )
+    if cfg.threads is not None and cfg.threads < 1:
+        raise ValueError(f"threads={cfg.threads}: at least 1, or null for one per core")
     if cfg.dense.epochs < 0 or cfg.sparse.epochs < 1:
         raise ValueError(
             f"dense.epochs={cfg.dense.epochs}, sparse.epochs={cfg.sparse.epochs}: dense training "
