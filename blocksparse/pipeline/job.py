@@ -21,7 +21,7 @@ from blocksparse.perf import describe_machine, usable_cores
 from blocksparse.pipeline import measure
 from blocksparse.pipeline.console import console, key_values, quieten, say
 from blocksparse.pipeline.folders import RunFolder
-from blocksparse.pipeline.setup import build, build_data, build_network, check, is_set, preview
+from blocksparse.pipeline.setup import build, build_data, build_network, check, is_set
 from blocksparse.pipeline.stages import Stage, save_weights
 from blocksparse.report import Report
 from blocksparse.sparsity import Plan, checkpoint_plan
@@ -88,7 +88,7 @@ class _Job:
         self.data = build_data(cfg)
         self.network = build_network(cfg, self.data)
         self.pruning: SparsityCallback = build(cfg.sparsity, save_dir=str(folder.path))
-        preview(self.pruning, self.network)
+        self.pruning.plan_for(self.network)  # a mistake shows before the dense training
 
     def announce(self) -> None:
         """Print what was decided, and save the configuration."""

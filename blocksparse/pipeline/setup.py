@@ -10,11 +10,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from blocksparse.sparsity import Plan, resolve
 from blocksparse.training import ImageData
-from blocksparse.training.sparsity_callback import SparsityCallback
 
-__all__ = ["build", "build_data", "build_network", "check", "is_set", "preview"]
+__all__ = ["build", "build_data", "build_network", "check", "is_set"]
 
 
 def is_set(node: Any) -> bool:
@@ -53,20 +51,6 @@ def build_network(cfg: DictConfig, data: ImageData) -> nn.Module:
         cfg.model, num_classes=data.num_classes, input_shape=data.input_shape
     )
     return network
-
-
-def preview(callback: SparsityCallback, network: nn.Module) -> Plan:
-    """Return what would be pruned, so that a mistake shows before the dense training."""
-    return resolve(
-        network,
-        target=callback.target,
-        pattern=callback.pattern,
-        score=callback.score,
-        allocation=callback.allocation,
-        floors=callback.floors,
-        layers=callback.layers,
-        initial=callback.initial,
-    )
 
 
 def check(cfg: DictConfig) -> None:
