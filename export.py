@@ -120,6 +120,7 @@ def _folder_of(checkpoint: Path) -> RunFolder:
 def _run_source(cfg: DictConfig) -> Source:
     from blocksparse.pipeline.setup import build_data, build_network
     from blocksparse.training import load_weights, read_weights
+    from blocksparse.training.weights import SUFFIXES
 
     if cfg.run is not None:
         folder = RunFolder(Path(cfg.run))
@@ -139,6 +140,10 @@ def _run_source(cfg: DictConfig) -> Source:
     config = OmegaConf.load(folder.config)
     assert isinstance(config, DictConfig)
     data = build_data(config)
+    # The weights it started from are not needed, and a file may be gone. The name of weights of
+    # torchvision stays: with it, two networks transform their input.
+    if config.model.weights is not None and Path(config.model.weights).suffix in SUFFIXES:
+        config.model.weights = None
     network = build_network(config, data)
     load_weights(network, read_weights(checkpoint), source=str(checkpoint))
     return Source(

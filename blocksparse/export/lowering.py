@@ -182,8 +182,7 @@ def module_path(node: fx.Node) -> str:
     """Path of the innermost module that called the operation; empty for the root."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] for entry in stack.values() if isinstance(entry, tuple)]
-    # A module that is called twice is listed as "relu" and "relu@1".
-    return re.sub(r"@\d+", "", paths[-1]) if paths else ""
+    return paths[-1] if paths else ""
 
 
 def _source(node: fx.Node) -> str:

@@ -1,0 +1,171 @@
+"""``export.py``: which run or checkpoint is exported, on what it is verified, and its errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from export_networks import prune_blocks, randomized
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from blocksparse.format import read
+from blocksparse.training import build_model
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = {"name": "resnet8", "widths": [8, 16, 16]}
+
+
+@pytest.fixture(scope="module")
+def script():
+    """Import ``export.py`` as a module."""
+    spec = importlib.util.spec_from_file_location("export_script", ROOT / "export.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def export(script, tmp_path, monkeypatch):
+    """Call ``export.py`` with command-line overrides, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*overrides: str):
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            return script.run(compose("export", [*overrides, "export.images=3"]))
+
+    return call
+
+
+def network(seed: int = 0) -> torch.nn.Module:
+    model = randomized(build_model(**MODEL, num_classes=10, input_shape=(1, 8, 8)), seed)
+    prune_blocks(model, 0.5, seed=seed)
+    return model
+
+
+def make_run(folder: Path, seed: int = 0) -> torch.nn.Module:
+    """Write what a finished run leaves behind, as far as an export needs it."""
+    (folder / "checkpoints").mkdir(parents=True)
+    data = OmegaConf.load(ROOT / "configs" / "data" / "digits.yaml")
+    data.seed = 0
+    # The weights that the run started from may be gone when it is exported.
+    model = {"_target_": "blocksparse.training.build_model", **MODEL, "weights": "gone.pth"}
+    OmegaConf.save({"data": data, "model": model}, folder / "config.yaml")
+    trained = network(seed)
+    torch.save({"state_dict": trained.state_dict()}, folder / "checkpoints" / "sparse.ckpt")
+    return trained
+
+
+def test_the_latest_run_is_the_default(export, tmp_path):
+    make_run(tmp_path / "runs" / "a" / "2030-01-01", seed=1)
+    latest = make_run(tmp_path / "runs" / "b" / "2029-01-01", seed=2)
+    os.utime(tmp_path / "runs" / "a" / "2030-01-01" / "checkpoints" / "sparse.ckpt", (1, 1))
+    report = export("report=report.json")
+    assert report.path == Path("runs/b/2029-01-01/model.bsr.safetensors")
+    stored = read(report.path)
+    assert torch.equal(
+        torch.from_numpy(stored.weights["linear"].to_dense()), latest.linear.weight.detach()
+    )
+    assert stored.classes == tuple("0123456789")
+    assert stored.preprocessing.channels == "gray"
+    assert stored.provenance["checkpoint"] == "sparse.ckpt"
+    assert stored.provenance["config"]["model"]["name"] == "resnet8"
+    assert report.verification.val_images == 360
+    assert (tmp_path / "report.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_can_be_named_by_its_folder_or_a_checkpoint_in_it(export, tmp_path):
+    folder = tmp_path / "elsewhere"
+    make_run(folder)
+    dense = network(seed=5)
+    torch.save({"state_dict": dense.state_dict()}, folder / "checkpoints" / "dense.ckpt")
+    by_folder = export(f"run={folder}", "export.val_batches=0")
+    assert by_folder.path == folder / "model.bsr.safetensors"
+    assert by_folder.verification.accuracy_torch is None
+    export(f"checkpoint={folder}/checkpoints/dense.ckpt", "output=dense.bsr.safetensors")
+    stored = read("dense.bsr.safetensors").weights["linear"].to_dense()
+    assert torch.equal(torch.from_numpy(stored), dense.linear.weight.detach())
+
+
+def test_any_checkpoint_is_exported_on_random_images(export, capsys):
+    save_file(network().state_dict(), "net.safetensors")
+    report = export(
+        "checkpoint=net.safetensors",
+        "model.name=resnet8",
+        "model.widths=[8,16,16]",
+        "input_shape=[1,8,8]",
+        "num_classes=10",
+    )
+    assert report.path == Path("net.bsr.safetensors")
+    assert report.verification.images == 1 + 3
+    assert read(report.path).classes is None
+    assert "random images, as no data was named" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_exported_on_named_data(export, capsys):
+    torch.save(network().state_dict(), "net.pth")
+    report = export(
+        "checkpoint=net.pth", "model.name=resnet8", "model.widths=[8,16,16]", "data=digits"
+    )
+    assert report.verification.val_images == 360
+    assert "3 validation images" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_block_key(export, tmp_path):
+    make_run(tmp_path / "runs" / "a" / "b")
+    report = export("export.block=[4,8]", "export.val_batches=0")
+    assert "bsr 4x8" in {row.layout for row in report.layers}
+    assert "bsr 8x8" not in {row.layout for row in report.layers}
+
+
+ERRORS = {
+    "no runs": ([], r"runs: no finished run .* \(runs does not exist\)"),
+    "no such run": (["run=runs/x"], r"run=runs/x: its configuration config\.yaml is not there"),
+    "unfinished run": (["run=half"], r"its pruned network sparse\.ckpt is not there \(that folder"),
+    "no model": (["checkpoint=net.pth"], r"checkpoint=net\.pth: say which network it belongs to"),
+    "no checkpoint": (["checkpoint=x.pth", "model.name=resnet8"], r"x\.pth: there is no such"),
+    "wrong model": (["checkpoint=net.pth", "model.name=resnet14"], r"does not fit ResNetCifar"),
+    "unknown model": (["checkpoint=net.pth", "model.name=resnet8_"], r"did you mean"),
+    "block": (["run=whole", "export.block=[8]"], r"export\.block=\[8\]: give rows and columns"),
+    "images": (["run=whole", "export.images=0"], r"export\.images=0: at least one"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_say_what_is_there(script, tmp_path, monkeypatch, overrides, message):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "whole")
+    make_run(tmp_path / "half")
+    (tmp_path / "half" / "checkpoints" / "sparse.ckpt").rename("half/checkpoints/last_sparse.ckpt")
+    torch.save(network().state_dict(), "net.pth")
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("export", overrides)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        script.run(cfg)
+    assert not list(tmp_path.rglob("*.bsr.safetensors*"))
+
+
+@pytest.mark.slow
+def test_the_command_line(tmp_path):
+    make_run(tmp_path / "runs" / "a" / "b")
+    command = [sys.executable, str(ROOT / "export.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Written to runs/a/b/model.bsr.safetensors" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+    failed = subprocess.run(
+        [*command, "run=nowhere"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert failed.returncode == 1
+    assert failed.stdout.startswith("error: run=nowhere")
+    assert "Traceback" not in failed.stdout + failed.stderr
