@@ -236,10 +236,7 @@ class Report:
     def _latency_rows(self) -> Iterator[Row]:
         first = self.latencies[0]
         threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
-        yield Row(
-            "Time per image",
-            note=f"batch 1, {threads}; median [quartiles] of {first.rounds:,} rounds",
-        )
+        yield Row("Time per image", note=f"batch 1, {threads}, median [quartiles]")
         for latency in self.latencies:
             note = f"[{_ms(latency.q1_ms)} to {_ms(latency.q3_ms)} ms]"
             if latency is not first:

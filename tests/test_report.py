@@ -74,11 +74,11 @@ def test_fits_one_screen() -> None:
     assert len(text.splitlines()) <= 30
 
 
-def test_says_batch_threads_and_rounds() -> None:
+def test_says_batch_and_threads() -> None:
     text = REPORT.to_markdown()
-    assert lines_with(text, "Time per image", "batch 1", "2 threads", "50 rounds")
+    assert lines_with(text, "Time per image", "batch 1", "2 threads", "median [quartiles]")
     alone = dataclasses.replace(REPORT, threads=1)
-    assert lines_with(alone.to_markdown(), "Time per image", "1 thread;")
+    assert lines_with(alone.to_markdown(), "Time per image", "1 thread,")
 
 
 def test_page_is_a_table_of_three_columns() -> None:

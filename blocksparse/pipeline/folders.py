@@ -67,12 +67,12 @@ class RunFolder:
     def contents(self) -> dict[str, str]:
         """Return what a finished run leaves: path relative to the folder -> a few words on it."""
         return {
-            self.model.name: "the network: blocksparse.load(...), blocksparse info|run|bench ...",
+            self.model.name: "the network, for blocksparse.load",
             "report.md, report.json": "the table above",
             "config.yaml": "the whole configuration",
             "sparsity_plan.md, .json": "what was pruned, layer by layer",
-            "checkpoints/": "dense.ckpt, sparse.ckpt (weights only), last_*.ckpt (to resume)",
-            "logs/": "metrics.csv, and for: tensorboard --logdir runs",
+            "checkpoints/": "dense and sparse weights; states to resume from",
+            "logs/": "metrics.csv, and for tensorboard --logdir runs",
             "run.log": "everything that was logged",
         }
 

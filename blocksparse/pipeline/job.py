@@ -21,7 +21,7 @@ from blocksparse.perf import describe_machine, usable_cores
 from blocksparse.pipeline import measure
 from blocksparse.pipeline.console import console, key_values, quieten, say
 from blocksparse.pipeline.folders import RunFolder
-from blocksparse.pipeline.setup import build, build_data, build_network, check, is_set
+from blocksparse.pipeline.setup import build, build_data, build_network, check, is_set, threads
 from blocksparse.pipeline.stages import Stage, save_weights
 from blocksparse.report import Report
 from blocksparse.sparsity import Plan, checkpoint_plan
@@ -61,15 +61,14 @@ def run(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None = None) -> R
     started = time.perf_counter()
     quieten()
     check(cfg)
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    job = _Job(cfg, folder, checkpoint)
-    job.announce()
-    dense = job.train_dense()
-    sparse, plan = job.prune(dense)
-    export = job.export(sparse, plan)
-    report = job.report(dense, sparse, plan, export, started)
+    with threads(cfg.threads):
+        pl.seed_everything(cfg.seed, workers=True, verbose=False)
+        job = _Job(cfg, folder, checkpoint)
+        job.announce()
+        dense = job.train_dense()
+        sparse, plan = job.prune(dense)
+        export = job.export(sparse, plan)
+        report = job.report(dense, sparse, plan, export, started)
     report.save(folder.path)
     console.print(report.table())
     for remark in report.remarks():
@@ -98,12 +97,12 @@ class _Job:
         images = [len(loader.source) for loader in (data.train_dataloader(), data.val_dataloader())]
         shape = "x".join(map(str, data.input_shape))
         weights = sum(parameter.numel() for parameter in self.network.parameters())
-        pruning = f"to sparsity {cfg.sparsity.target:g} in {_epochs(cfg.sparse.epochs)}"
+        pruning = f"to {100 * cfg.sparsity.target:g} % sparsity in {_epochs(cfg.sparse.epochs)}"
         if is_set(cfg.distillation):
-            pruning += ", distilled from the dense network"
+            pruning += ", with distillation"
         rows = {
-            "data": f"{type(data).__name__}, {images[0]:,} images to train and {images[1]:,} to "
-            f"validate, {shape}, {data.num_classes} classes",
+            "data": f"{type(data).__name__}, {images[0]:,} + {images[1]:,} validation images, "
+            f"{shape}, {data.num_classes} classes",
             "network": f"{cfg.model.name}, {weights:,} parameters",
             "dense training": self._dense_source() or _epochs(cfg.dense.epochs),
             "pruning": pruning,
@@ -174,7 +173,7 @@ class _Job:
         """Measure, and put together the closing report."""
         say("measuring")
         cfg, folder = self.cfg, self.folder
-        threads = cfg.report.threads or torch.get_num_threads()
+        count = cfg.report.threads or torch.get_num_threads()
         images, _ = next(iter(self.data.val_dataloader()))
         sparse_model = read(folder.model)
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -183,7 +182,7 @@ class _Job:
             export_model(dense, self.data.input_shape),
             sparse_model,
             images[:1],
-            threads=threads,
+            threads=count,
             rounds=cfg.report.rounds,
             min_seconds=cfg.report.min_seconds,
         )
@@ -194,7 +193,7 @@ class _Job:
             sizes=measure.sizes(folder.checkpoint("dense"), export),
             cost=measure.work(sparse_model),
             latencies=latencies,
-            threads=threads,
+            threads=count,
             machine=str(describe_machine(torch=torch.__version__)),
             cores=usable_cores(),
             load=load,

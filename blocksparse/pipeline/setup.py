@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 
 from blocksparse.training import ImageData
 
-__all__ = ["build", "build_data", "build_network", "check", "is_set"]
+__all__ = ["build", "build_data", "build_network", "check", "is_set", "threads"]
 
 
 def is_set(node: Any) -> bool:
@@ -51,6 +53,17 @@ def build_network(cfg: DictConfig, data: ImageData) -> nn.Module:
         cfg.model, num_classes=data.num_classes, input_shape=data.input_shape
     )
     return network
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Give PyTorch `count` CPU threads for a while; None: as many as it has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)  # a sweep goes on in this process
 
 
 def check(cfg: DictConfig) -> None:
