@@ -105,18 +105,21 @@ class CompiledEngine:
         output = np.empty((batch, *self.model.output_shape), np.float32)
         plan = ready.plan
         memory.counters[:] = 0
+        # read-only arrays are another type to Numba, which would compile everything once more
+        images = np.require(x, np.float32, ["C", "W"])
         arguments = (
             plan.records, plan.integers, plan.vectors, memory.values, memory.values.ctypes.data,
-            memory.counters.ctypes.data, np.ascontiguousarray(x).reshape(-1), output.reshape(-1),
-            batch,
+            memory.counters.ctypes.data, images.reshape(-1), output.reshape(-1), batch,
         )  # fmt: skip
         helpers = self._start(threads - 1, arguments)
-        program.run(*arguments)
-        for helper in helpers:
-            # One that has not started is not needed any more; one that has is about to end, and
-            # must have left the counters before they are used again.
-            if not helper.cancel():
-                helper.result()
+        try:
+            program.run(*arguments)
+        finally:
+            # A helper that has not started is not needed any more; one that has is about to end,
+            # and must have left memory and counters before they are used again or given back.
+            for helper in helpers:
+                if not helper.cancel():
+                    helper.result()
         with self._lock:
             ready.free.append(memory)
         return output

@@ -14,6 +14,7 @@ from models import Builder, randoms
 
 from blocksparse.format import BsrWeight, DenseWeight, NMWeight, write
 from blocksparse.runtime import load, reference
+from blocksparse.runtime.kernels import program
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,16 @@ def test_inputs_that_are_not_contiguous(model):
     x = randoms(2, 16, 24, 24)
     np.testing.assert_array_equal(network(np.asfortranarray(x)), network(x))
     np.testing.assert_array_equal(network(x[:, :, ::-1][:, :, ::-1]), network(x))
+
+
+def test_a_read_only_input_compiles_nothing(model):
+    network = load(model)
+    x = randoms(2, 16, 24, 24)
+    expected = network(x)
+    compiled = len(program.run.signatures)
+    x.setflags(write=False)
+    np.testing.assert_array_equal(network(x), expected)
+    assert len(program.run.signatures) == compiled
 
 
 def test_warmup_and_close(model):
