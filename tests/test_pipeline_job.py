@@ -167,15 +167,20 @@ def test_logs_hold_the_figures(whole: tuple[RunFolder, Report]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "step", "every"),
+    ("stage", "step", "every", "saved"),
     [
-        ("dense", 8, "epoch"),
-        ("sparse", 3, "step"),  # on the ramp, within an epoch
-        pytest.param("sparse", 9, "step", marks=pytest.mark.slow),  # after the ramp
+        ("dense", 8, "epoch", 6),
+        ("sparse", 3, "step", 2),  # on the ramp, within an epoch
+        pytest.param("sparse", 9, "step", 8, marks=pytest.mark.slow),  # after the ramp
     ],
 )
 def test_goes_on_where_it_was_broken_off(
-    stage: str, step: int, every: str, whole: tuple[RunFolder, Report], tmp_path: Path
+    stage: str,
+    step: int,
+    every: str,
+    saved: int,
+    whole: tuple[RunFolder, Report],
+    tmp_path: Path,
 ) -> None:
     folder = RunFolder(tmp_path / "run")
     cfg = configuration(
@@ -195,9 +200,9 @@ def test_goes_on_where_it_was_broken_off(
         expected = weights(whole[0], name)
         for key, value in weights(folder, name).items():
             assert torch.equal(value, expected[key]), (name, key)
-    # The rows of the first attempt are still there.
-    assert rows(folder, stage)
-    assert rows(folder, f"{stage}_2")
+    # It went on rather than began anew, and the rows of the first attempt are still there.
+    assert int(rows(folder, f"{stage}_2")[0]["step"]) == saved
+    assert int(rows(folder, stage)[0]["step"]) == 0
 
 
 def test_finished_run_is_only_measured_again(
