@@ -27,8 +27,12 @@ PLACES = {"optimizer": ["optimizer@dense.optimizer", "optimizer@sparse.optimizer
 SMALLEST = {"inception_v3": 299}
 
 
-# Half a minute together on one core.
-SLOW = {"imagenet_inception_v3_block8x8", "imagenet_vgg16_block8x8"}
+# Half a minute and more together on one core.
+SLOW = {
+    "imagenet_inception_v3_block8x8",
+    "imagenet_resnet50_nm24",
+    "imagenet_vgg16_block8x8",
+}
 
 
 def composed(*overrides: str) -> DictConfig:
