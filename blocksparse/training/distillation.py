@@ -46,16 +46,13 @@ class Distillation:
             Logits.
         """
         t = self.temperature
-        return (
-            t
-            * t
-            * F.kl_div(
-                F.log_softmax(student / t, dim=1),
-                F.log_softmax(teacher / t, dim=1),
-                reduction="batchmean",
-                log_target=True,
-            )
+        divergence = F.kl_div(
+            F.log_softmax(student / t, dim=1),
+            F.log_softmax(teacher / t, dim=1),
+            reduction="batchmean",
+            log_target=True,
         )
+        return divergence * t**2
 
     def mix(self, loss: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
         """Mix the loss against the labels with the divergence from the teacher."""

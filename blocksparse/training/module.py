@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import torch
@@ -124,9 +125,14 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Make the optimizer and the per-step schedule."""
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError(
+                "the training has no end, so its learning rate cannot fall towards it: set the "
+                "trainer's max_epochs or max_steps"
+            )
         optimizer = self.optimization.make_optimizer(self.model, self.lr)
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = self.optimization.make_scheduler(optimizer, steps)
+        scheduler = self.optimization.make_scheduler(optimizer, int(steps))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},

@@ -108,14 +108,18 @@ def test_restored_after_an_error():
 
 
 class Statistics(pl.Callback):
-    """Keep the statistics of the first batch norm at each validation."""
+    """Keep the first batch norm's means at each validation and at the end of each epoch."""
 
     def __init__(self):
         self.seen = []
+        self.epochs = []
 
     def on_validation_end(self, trainer, module):
         if not trainer.sanity_checking:
             self.seen.append(module.model.bn1.running_mean.clone())
+
+    def on_train_epoch_end(self, trainer, module):
+        self.epochs.append(module.model.bn1.running_mean.clone())
 
 
 def fit(callback: pl.Callback, **options):
@@ -136,22 +140,23 @@ def fit(callback: pl.Callback, **options):
     trainer.fit(module, datamodule=data)
     wanted = copy.deepcopy(module.model)
     reestimate(wanted, data.calibration_dataloader(), 4)
-    return module.model.bn1.running_mean, wanted.bn1.running_mean, spy.seen
+    return module.model.bn1.running_mean, wanted.bn1.running_mean, spy
 
 
 def test_callback_before_the_last_validation():
-    got, wanted, (first, last) = fit(BatchNormReestimation(num_batches=4))
-    _, _, (plain, _) = fit(pl.Callback())
+    got, wanted, spy = fit(BatchNormReestimation(num_batches=4))
+    _, _, plain = fit(pl.Callback())
     assert torch.equal(got, wanted)
-    assert torch.equal(last, wanted)
-    assert torch.equal(first, plain)
+    assert torch.equal(spy.seen[1], wanted)
+    assert torch.equal(spy.seen[0], plain.seen[0])
+    assert torch.equal(spy.epochs[0], plain.epochs[0])
 
 
 def test_callback_before_each_validation():
-    _, wanted, (first, last) = fit(BatchNormReestimation(num_batches=4, each_validation=True))
-    _, _, (plain, _) = fit(pl.Callback())
-    assert torch.equal(last, wanted)
-    assert not torch.equal(first, plain)
+    _, wanted, spy = fit(BatchNormReestimation(num_batches=4, each_validation=True))
+    _, _, plain = fit(pl.Callback())
+    assert torch.equal(spy.seen[1], wanted)
+    assert not torch.equal(spy.seen[0], plain.seen[0])
 
 
 @pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"max_epochs": -1, "max_steps": 4}])

@@ -6,6 +6,7 @@ import urllib.error
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
 from blocksparse.training import ResNetCifar, WeightsError, build_model, model_names
@@ -17,7 +18,7 @@ def naive_shortcut(x: torch.Tensor, channels: int, stride: int) -> torch.Tensor:
     """Option A of He et al., value by value: every second pixel, new channels around the old."""
     count, old, height, width = x.shape
     before = (channels - old) // 2
-    y = torch.zeros(count, channels, -(-height // stride), -(-width // stride))
+    y = x.new_zeros(count, channels, -(-height // stride), -(-width // stride))
     for n in range(count):
         for c in range(old):
             for i in range(y.shape[2]):
@@ -35,6 +36,42 @@ def test_block_without_residual_is_its_shortcut(in_channels, channels, stride, s
     torch.nn.init.zeros_(block.conv2.weight)
     x = torch.rand(2, in_channels, *size)  # positive, so that the last ReLU passes it
     assert torch.equal(block(x), naive_shortcut(x, channels, stride))
+
+
+def naive_resnet(state: dict[str, torch.Tensor], x: torch.Tensor, depth: int) -> torch.Tensor:
+    """The network of section 4.2 in evaluation mode, layer by layer from its weights."""
+
+    def convolve(x, conv, norm, stride=1):
+        x = F.conv2d(x, state[f"{conv}.weight"], stride=stride, padding=1)
+        scale = state[f"{norm}.weight"] / (state[f"{norm}.running_var"] + 1e-5).sqrt()
+        shift = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+    x = convolve(x, "conv1", "bn1").clamp(min=0)
+    for stage in (1, 2, 3):
+        for i in range(depth):
+            name = f"layer{stage}.{i}"
+            stride = 2 if stage > 1 and i == 0 else 1
+            y = convolve(x, f"{name}.conv1", f"{name}.bn1", stride).clamp(min=0)
+            y = convolve(y, f"{name}.conv2", f"{name}.bn2")
+            x = (y + naive_shortcut(x, y.shape[1], stride)).clamp(min=0)
+    return x.mean((2, 3)) @ state["linear.weight"].T + state["linear.bias"]
+
+
+@pytest.mark.parametrize(("depth", "widths"), [(1, (2, 4, 6)), (2, (3, 3, 5))])
+def test_cifar_resnet_is_the_papers(depth, widths):
+    torch.manual_seed(0)
+    model = ResNetCifar(depth, 3, 2, widths).double().eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for vector in (module.weight, module.running_var):
+                torch.nn.init.uniform_(vector, 0.5, 2)
+            for vector in (module.bias, module.running_mean):
+                torch.nn.init.uniform_(vector, -0.5, 0.5)
+    x = torch.randn(2, 2, 9, 8, dtype=torch.float64)
+    logits = model(x)
+    torch.testing.assert_close(logits, naive_resnet(model.state_dict(), x, depth))
+    assert not torch.allclose(logits[0], logits[1])  # not all units are dead
 
 
 @pytest.mark.parametrize(
@@ -143,3 +180,19 @@ def test_downloaded_weights(monkeypatch):
     model = build_model("squeezenet1_1", num_classes=5, weights=weights, new_classifier=True)
     assert model.state_dict()["classifier.1.weight"].shape[0] == 5
     assert torch.equal(model.state_dict()["features.0.weight"], full["features.0.weight"])
+
+
+def test_downloaded_weights_of_a_network_with_auxiliary_heads(monkeypatch):
+    """torchvision's GoogLeNet with weights normalises anew and has no auxiliary heads."""
+    full = torchvision.models.googlenet(init_weights=False).state_dict()
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: full
+    )
+    for num_classes in (1000, 5):
+        model = build_model(
+            "googlenet", num_classes=num_classes, weights="DEFAULT", new_classifier=True
+        )
+        assert model.transform_input
+        assert not model.aux_logits
+        assert model.fc.out_features == num_classes
+        assert torch.equal(model.conv1.conv.weight, full["conv1.conv.weight"])

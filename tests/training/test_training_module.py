@@ -249,3 +249,8 @@ def test_auxiliary_logits_join_the_loss():
     ]
     torch.testing.assert_close(loss, parts[0] + 0.3 * parts[1] + 0.3 * parts[2])
     assert module.eval()(batch[0]).shape == (3, 3)
+
+
+def test_endless_training_is_refused():
+    with pytest.raises(ValueError, match="has no end.*max_epochs or max_steps"):
+        trainer(max_epochs=-1).fit(Classifier(network()), datamodule=Digits())

@@ -143,6 +143,12 @@ def test_new_classifier_excuses_nothing_else(tmp_path):
     torch.save(ResNetCifar(1, 7, 1, (4, 8, 8)).state_dict(), tmp_path / "other.pth")
     with pytest.raises(WeightsError, match=r"layer2\.0\.conv1\.weight"):
         build(tmp_path / "other.pth", new_classifier=True)
+    # As many filters as classes, but made for three channels.
+    torch.save(ResNetCifar(1, 10, 3, (4, 4, 8)).state_dict(), tmp_path / "colour.pth")
+    with pytest.raises(
+        WeightsError, match=r"conv1\.weight \(4, 3, 3, 3\), expected \(4, 1, 3, 3\)"
+    ):
+        build(tmp_path / "colour.pth", num_classes=4, new_classifier=True)
 
 
 class Payload:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from blocksparse.training.data.base import ImageData
 from blocksparse.training.data.files import FileImages, class_names, decode_all, list_images
 from blocksparse.training.data.loader import Source
 from blocksparse.training.data.memory import Augmentation, MemoryImages
+
+logger = logging.getLogger(__name__)
 
 
 class ImageFolder(ImageData):
@@ -105,6 +108,7 @@ class ImageFolder(ImageData):
                 FileImages(train_paths, train_labels, whole, *scale),
                 FileImages(val_paths, val_labels, whole, *scale),
             )
+        logger.info("decoding %d images of %s", len(train_paths) + len(val_paths), self.root)
         channels, threads = self.input_shape[0], torch.get_num_threads()
         train = decode_all(train_paths, channels, whole, threads)
         val = decode_all(val_paths, channels, whole, threads)
