@@ -252,5 +252,5 @@ def test_auxiliary_logits_join_the_loss():
 
 
 def test_endless_training_is_refused():
-    with pytest.raises(ValueError, match="has no end.*max_epochs or max_steps"):
+    with pytest.raises(ValueError, match=r"has no end.*max_epochs or max_steps"):
         trainer(max_epochs=-1).fit(Classifier(network()), datamodule=Digits())
