@@ -117,6 +117,14 @@ def _folder_of(checkpoint: Path) -> RunFolder:
     return RunFolder(checkpoint.resolve().parent.parent)
 
 
+def _same(path: Path, other: Path) -> bool:
+    return path.resolve() == other.resolve()
+
+
+def _beside(checkpoint: Path) -> Path:
+    return checkpoint.with_suffix(".bsr.safetensors")
+
+
 def _run_source(cfg: DictConfig) -> Source:
     from blocksparse.pipeline.setup import build_data, build_network
     from blocksparse.training import load_weights, read_weights
@@ -151,7 +159,10 @@ def _run_source(cfg: DictConfig) -> Source:
         input_shape=data.input_shape,
         data=data,
         checkpoint=checkpoint,
-        output=folder.model,
+        # The run's file is its pruned network; another of its checkpoints gets a file of its own.
+        output=folder.model
+        if _same(checkpoint, folder.checkpoint("sparse"))
+        else _beside(checkpoint),
         config=_plain(config),
     )
 
@@ -199,7 +210,7 @@ def _checkpoint_source(cfg: DictConfig) -> Source:
         input_shape=shape,
         data=data,
         checkpoint=checkpoint,
-        output=checkpoint.with_suffix(".bsr.safetensors"),
+        output=_beside(checkpoint),
         config={"model": _plain(cfg.model), "input_shape": list(shape), "num_classes": classes},
     )
 

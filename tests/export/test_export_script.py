@@ -95,6 +95,20 @@ def test_a_run_can_be_named_by_its_folder_or_a_checkpoint_in_it(export, tmp_path
     assert torch.equal(torch.from_numpy(stored), dense.linear.weight.detach())
 
 
+@pytest.mark.parametrize("stem", ["dense", "last_sparse"])
+def test_another_checkpoint_of_a_run_leaves_the_file_of_the_run_alone(export, tmp_path, stem):
+    folder = tmp_path / "run"
+    make_run(folder)
+    (folder / "model.bsr.safetensors").write_text("the pruned network")
+    checkpoint = folder / "checkpoints" / f"{stem}.ckpt"
+    torch.save({"state_dict": network(seed=5).state_dict()}, checkpoint)
+    report = export(f"checkpoint={checkpoint}", "export.val_batches=0")
+    assert report.path == folder / "checkpoints" / f"{stem}.bsr.safetensors"
+    assert (folder / "model.bsr.safetensors").read_text() == "the pruned network"
+    report = export("checkpoint=run/checkpoints/sparse.ckpt", "export.val_batches=0")
+    assert report.path.resolve() == folder / "model.bsr.safetensors"
+
+
 def test_any_checkpoint_is_exported_on_random_images(export, capsys):
     save_file(network().state_dict(), "net.safetensors")
     report = export(
