@@ -92,8 +92,16 @@ def test_an_image_without_preprocessing_is_an_error(tmp_path):
         list(images.inputs(tmp_path / "a.png", None, (3, 6, 6)))
 
 
+def test_arrays_that_are_not_finite_are_refused(tmp_path):
+    array = np.zeros((2, 3, 6, 6), np.float32)
+    array[1, 0, 2, 2] = np.nan
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(CommandError, match=r"a\.npy\[1\]: holds NaN or infinity"):
+        list(images.inputs(tmp_path / "a.npy", None, (3, 6, 6)))
+
+
 def test_without_pillow_the_error_says_what_to_install(tmp_path, monkeypatch):
     picture(6, 6).save(tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(CommandError, match=r"pip install blocksparse\[images\]"):
+    with pytest.raises(CommandError, match="pip install pillow"):
         list(images.inputs(tmp_path / "a.png", steps(), (3, 6, 6)))

@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (CommandError, ValueError, RuntimeError, OSError) as error:
         return _complain(error, 1)
+    except MemoryError as error:
+        return _complain(f"not enough memory: {error}", 1)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
 

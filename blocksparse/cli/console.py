@@ -183,7 +183,7 @@ def percent(share: float) -> str:
 
 def json_text(tree: Any) -> str:
     """Return `tree` as JSON, indented, ending in a newline."""
-    return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -27,7 +27,7 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 SUFFIXES = (".npy", *IMAGE_SUFFIXES)
 PILLOW_MISSING = (
     "reading and resizing images needs Pillow, which is not installed; "
-    "`pip install blocksparse[images]`, or give float32 .npy arrays"
+    "`pip install pillow`, or give float32 .npy arrays"
 )
 
 
@@ -97,6 +97,8 @@ def inputs(
     elif array.dtype.kind == "f" and array.ndim in (3, 4):
         for index, one in enumerate(array.reshape(-1, *array.shape[-3:])):
             name = f"{path}[{index}]" if array.ndim == 4 else str(path)
+            if not np.isfinite(one).all():
+                raise CommandError(f"{name}: holds NaN or infinity, so there is nothing to predict")
             yield name, _fitting(one.astype(np.float32), path, shape)
     else:
         raise CommandError(

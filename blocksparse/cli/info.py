@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from blocksparse.cli import console as ui
 
@@ -129,13 +126,10 @@ def layout(weight: Weight) -> str:
 
 
 def _weight_facts(weight: Weight) -> dict[str, Any]:
-    from blocksparse.format import BsrWeight
-
-    stored = weight.data if isinstance(weight, BsrWeight) else weight.values
     return {
         "shape": list(weight.shape),
         "layout": layout(weight),
-        "density": int(np.count_nonzero(stored)) / prod(weight.shape),
+        "density": weight.density,
         "value_bytes": weight.nbytes_values,
         "index_bytes": weight.nbytes_indices,
     }

@@ -22,7 +22,7 @@ examples:
   blocksparse run model.bsr.safetensors inputs.npy --json      float array (N, C, H, W), as it is
 
 Images are resized, cropped and normalised as the model file says (Pillow reads them:
-`pip install blocksparse[images]`). A .npy array of floats, (C, H, W) or (N, C, H, W), is taken as
+`pip install pillow`). A .npy array of floats, (C, H, W) or (N, C, H, W), is taken as
 the network's input as it is; one of uint8, (H, W) or (H, W, C), is an image."""
 
 

@@ -19,7 +19,7 @@ from blocksparse.format.graph import integers, record
 from blocksparse.format.ops import MAX_DIM
 from blocksparse.format.weights import BsrWeight, DenseWeight, NMWeight, Weight, index_bits
 
-MAX_WEIGHT = 2**30
+MAX_WEIGHT = 2**28
 """Most entries a dense weight, padding to whole blocks or groups included, may have."""
 
 Arrays = Mapping[str, npt.NDArray[Any]]

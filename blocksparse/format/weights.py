@@ -55,8 +55,8 @@ class DenseWeight:
 
     @property
     def density(self) -> float:
-        """Stored values over dense size."""
-        return self.nnz / prod(self.shape)
+        """Nonzero fraction of the dense weight, 0..1."""
+        return np.count_nonzero(self.values) / prod(self.shape)
 
     @classmethod
     def from_dense(cls, array: npt.ArrayLike) -> DenseWeight:
@@ -115,8 +115,8 @@ class BsrWeight:
 
     @property
     def density(self) -> float:
-        """Stored values over dense size; above 1 where padding outweighs what was pruned."""
-        return self.nnz / prod(self.shape)
+        """Nonzero fraction of the dense weight, 0..1."""
+        return np.count_nonzero(self.data) / prod(self.shape)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -225,8 +225,8 @@ class NMWeight:
 
     @property
     def density(self) -> float:
-        """Stored values over dense size."""
-        return self.nnz / prod(self.shape)
+        """Nonzero fraction of the dense weight, 0..1."""
+        return np.count_nonzero(self.values) / prod(self.shape)
 
     @classmethod
     def from_dense(cls, array: npt.ArrayLike, n: int, m: int) -> NMWeight:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,10 +16,7 @@ from .explain import LayerChoice
 from .kernels import program, records
 from .kernels.target import describe, host
 from .plan import Plan, bind
-from .products import kernel_for
 from .steps import Step, Steps, lower
-
-_log = logging.getLogger(__name__)
 
 PLANS = 4
 """Batch sizes kept ready; the one used longest ago is dropped."""
@@ -63,8 +60,10 @@ class CompiledEngine:
         self.steps: Steps = lower(model, self.target)
         self._ready: OrderedDict[int, _Ready] = OrderedDict()
         self._lock = threading.Lock()
+        self._binding = threading.Lock()
         self._helpers: ThreadPoolExecutor | None = None
         self._helper_count = 0
+        self._process = os.getpid()
 
     def __str__(self) -> str:
         return f"compiled engine: {describe(self.target)}"
@@ -133,18 +132,30 @@ class CompiledEngine:
             helpers.shutdown()
 
     def _plan(self, batch: int) -> _Ready:
+        ready = self._look_up(batch)
+        if ready is None:
+            with self._binding:  # one plan at a time; calls whose plan is ready go on meanwhile
+                ready = self._look_up(batch)
+                if ready is None:
+                    ready = _Ready(bind(self.model, self.steps, self.target, batch))
+                    with self._lock:
+                        self._ready[batch] = ready
+                        while len(self._ready) > PLANS:
+                            self._ready.popitem(last=False)
+        return ready
+
+    def _look_up(self, batch: int) -> _Ready | None:
         with self._lock:
-            if batch not in self._ready:
-                self._ready[batch] = _Ready(bind(self.model, self.steps, self.target, batch))
-                while len(self._ready) > PLANS:
-                    self._ready.popitem(last=False)
-            self._ready.move_to_end(batch)
-            return self._ready[batch]
+            if batch in self._ready:
+                self._ready.move_to_end(batch)
+            return self._ready.get(batch)
 
     def _start(self, count: int, arguments: tuple) -> list[Future[None]]:
         if count == 0:
             return []
         with self._lock:
+            if self._process != os.getpid():  # threads do not survive a fork
+                self._helpers, self._helper_count, self._process = None, 0, os.getpid()
             if self._helper_count < count:
                 # the old pool finishes what it has; its threads end when they are idle
                 if self._helpers is not None:
@@ -167,17 +178,20 @@ def _choice(node: Node, steps: list[Step], weight: Weight | None) -> tuple[str, 
             f"f32_{kind}",
             f"{copies} of its parts copied" if node.op == "concat" else "no weight",
         )
-    name = kernel_for(product.op, product.packed, 1).name.rsplit("_", 1)[0]
-    tile = f"{product.packed.rows} output channels at once"
+    tile = f"in tiles of {product.packed.rows} outputs by {product.packed.columns} inputs"
     if isinstance(weight, NMWeight):
-        reason = f"packed {weight.n}:{weight.m}, read as it is"
+        pattern, reason = (
+            f"nm{weight.n}of{weight.m}",
+            f"packed {weight.n}:{weight.m}, read as it is",
+        )
     elif isinstance(weight, BsrWeight):
         r, c = weight.block
-        reason = f"{r}x{c} blocks, {len(weight.indices)} stored, {tile}"
+        pattern, reason = f"bsr{r}x{c}", f"{len(weight.indices)} blocks stored, {tile}"
     else:
-        reason = f"dense, {tile}"
+        pattern, reason = "dense", f"stored dense, {tile}"
     if copies:
         reason += "; input split into phase planes for its stride"
     if product is not steps[-1]:
         reason += f"; then {node.attrs['activation']} in place"
-    return f"{name}_{node.attrs['activation']}", reason
+    op = node.op.removesuffix("2d")
+    return f"f32_{pattern}_{op}_{node.attrs['activation']}", reason

@@ -16,7 +16,7 @@ class LayerChoice:
     shape : tuple of int
         Shape of the node's value, batch axis excluded.
     density : float or None
-        Stored over dense size of the weight; None for a node without one.
+        Nonzero fraction of the weight, 0..1; None for a node without one.
     kernel : str
         Name of what computes it: dtype, pattern, op.
     reason : str

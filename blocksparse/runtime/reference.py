@@ -1,6 +1,8 @@
 """Every operation in plain NumPy: the oracle of the fast engine, and the fallback without Numba.
 
-All arithmetic is float32, weights are made dense, NaN and infinity pass as they do in PyTorch.
+All arithmetic is float32, weights are made dense, NaN and infinity pass as they do in PyTorch: a
+zero weight times NaN is NaN. The compiled engine never multiplies what is not stored, so it may be
+finite there.
 
 Legend: N batch, C in-channels, K out-channels, H W image, U V output image, R S kernel taps, g
 groups, F O features.

@@ -223,7 +223,8 @@ class _Lowering:
         for name, channel in self.copied.get(node.name, []):
             part = f"{node.name}[{channel}]"
             self.shapes[part] = self.shapes[name]
-            self.frames[part] = self.frames[node.name]
+            if node.name in self.frames:  # vectors have none
+                self.frames[part] = self.frames[node.name]
             place = self.places[node.name]
             self.places[part] = Place(place.owner, place.channel + channel)
             self._emit(records.COPY, node, name, part, scale=(1, 1, 1), shift=(0, 0, 0))

@@ -27,6 +27,8 @@ def tolerance(model: Model, max_logit: float) -> float:
     length of a convolution's or linear layer's dot products (C/groups * kh * kw, F), the window of
     an average pool, 2 for other arithmetic and 0 where values only move.
 
+    The scale is that of the logits, so a network that ends in a clamp (ReLU6) can differ by more.
+
     Parameters
     ----------
     model : Model

@@ -113,7 +113,7 @@ def test_bsr_by_hand():
     assert weight.indices.tolist() == [1, 2]
     assert weight.data.tolist() == [[[0, 1, 0], [0, 0, 0]], [[2, 0, 0], [0, 0, 0]]]
     assert weight.indices.dtype == weight.indptr.dtype == np.int32
-    assert (weight.nnz, weight.density) == (12, 12 / 30)
+    assert (weight.nnz, weight.density) == (12, 2 / 30)
     assert (weight.nbytes_values, weight.nbytes_indices) == (48, 20)
 
 
@@ -123,7 +123,7 @@ def test_nm_by_hand():
     assert weight.values.tolist() == [[[[5, 6], [7, 0], [0, 0]]]]
     assert weight.unpack_indices().tolist() == [[[[1, 3], [1, 1], [0, 0]]]]
     assert weight.indices.tolist() == [[0b01_01_11_01, 0]]
-    assert (weight.nnz, weight.density) == (6, 0.6)
+    assert (weight.nnz, weight.density) == (6, 0.3)
     assert (weight.nbytes_values, weight.nbytes_indices) == (24, 2)
 
 

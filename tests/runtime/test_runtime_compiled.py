@@ -150,6 +150,15 @@ def test_concat_of_vectors():
     assert_agrees(b.model())
 
 
+def test_concat_of_vectors_that_lie_elsewhere():
+    b = Builder((6, 1, 1))
+    flat = b.node("flatten", "x")
+    part = b.linear(flat, 3)
+    twice = b.node("concat", part, part)
+    b.linear(b.node("concat", twice, flat, part, b.node("concat", part, flat)), 4)
+    assert_agrees(b.model())
+
+
 def test_slices_pads_gates_and_scales():
     b = Builder((6, 9, 8))
     x = b.node("affine", "x", activation="none")

@@ -59,7 +59,9 @@ x = np.ones((1, *network.input_shape), np.float32)
 expected = network(x)
 child = os.fork()
 if child == 0:
-    os._exit(0 if np.array_equal(network(x), expected) else 3)
+    same = all(np.array_equal(network(x), expected) for _ in range(50))
+    left = network.engine._helpers._work_queue.qsize()  # a pool without threads would keep them all
+    os._exit(0 if same and left < 5 else 3)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(path)], timeout=120)
@@ -93,8 +95,8 @@ def test_engines(model, caplog, monkeypatch):
 def test_explain_names_kernels_and_reasons(model):
     text = str(load(model).explain())
     for part in (
-        "f32_bsr8x8_conv_relu", "f32_nm2of4_conv_relu", "f32_bsr5x8_linear_none", "phase planes",
-        "8x8 blocks", "packed 2:4", "f32_adaptive_avg_pool2d",
+        "f32_bsr8x8_conv_relu", "f32_nm2of4_conv_relu", "f32_dense_linear_none", "phase planes",
+        "blocks stored", "packed 2:4", "f32_adaptive_avg_pool2d",
     ):  # fmt: skip
         assert part in text
     rows = load(model).explain().rows

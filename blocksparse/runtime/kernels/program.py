@@ -38,7 +38,7 @@ def run(
 
     Parameters
     ----------
-    program : ndarray of int64, shape (steps, views.FIELDS)
+    program : ndarray of int64, shape (steps, records.FIELDS)
         The steps.
     tables : ndarray of int64, 1-D
         Row tiles, part boundaries, phase shifts.

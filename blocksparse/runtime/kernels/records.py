@@ -30,9 +30,8 @@ PLANES, PLANE_SHIFTS = 9, 10  # PLANE_SHIFTS: place of (row, column) shifts in t
 KERNELS = 3  # addresses, by width 1, 2, 3 (CONV), 1, 2, 4, 8 (CONV_NM), 1, 2, 4 (LINEAR)
 VECTORS, PANEL = 7, 8  # vectors of a channel, and of one panel
 TILES, PARTS = 9, 10  # place of the row tiles and of the part boundaries in the tables
-PARTS_COUNT, PANELS_COUNT = 11, 12
+PARTS_COUNT = 11
 BIAS, BOUNDS, MASK, LANES = 13, 14, 15, 16
-COUNT, NM_N, NM_BITS, OFFSETS, NM_VALUES, NM_INDICES, NM_ROW_BYTES = 17, 18, 19, 20, 21, 22, 23
 
 # A row tile in the tables
 TILE_FIRST, TILE_ROWS, TILE_VALUES, TILE_OFFSETS, TILE_COUNT, TILE_INDICES = range(6)
