@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     made = RunFolder(tmp_path)
-    saved = {"seed": 3, "trainer": {"accelerator": "gpu"}, "data": {"root": "/there"}}
+    saved = {
+        "seed": 3,
+        "trainer": {"accelerator": "gpu", "precision": "32-true", "limit_val_batches": 1.0},
+        "callbacks": {"progress": {"_target_": "a.B"}},
+        "data": {"root": "/there"},
+    }
     OmegaConf.save(OmegaConf.create(saved), made.config)
     return made
 
@@ -30,17 +36,38 @@ def test_resumed_run_keeps_its_configuration(folder: RunFolder) -> None:
 
 
 def test_resumed_run_may_move_to_another_machine(folder: RunFolder) -> None:
-    overrides = ["trainer.accelerator=cpu", "data.root=/here", "+trainer.benchmark=true"]
-    cfg = resumed_config(folder, overrides, {"data"})
-    assert cfg.trainer == {"accelerator": "cpu", "benchmark": True}
+    overrides = ["trainer.accelerator=cpu", "data.root=/here", "+callbacks.more._target_=c.D"]
+    cfg = resumed_config(folder, [*overrides, "callbacks.progress=null"], {"data"})
+    assert cfg.trainer.accelerator == "cpu"
+    assert cfg.callbacks == {"progress": None, "more": {"_target_": "c.D"}}
     assert cfg.data.root == "/here"
     assert cfg.seed == 3
 
 
-@pytest.mark.parametrize("override", ["seed=4", "data=digits", "sparse.epochs=9"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=4",
+        "data=digits",
+        "sparse.epochs=9",
+        "trainer.precision=bf16-mixed",
+        "trainer=gpu",
+        "trainer.limt=3",
+        "callbacksy.x=1",
+        "data.root_folder=x",
+        "trainer.limit_val_batches_=2",
+        "+trainer.limit_train_batches=3",
+        "+trainer.gradient_clip_val=1",
+    ],
+)
 def test_resumed_run_cannot_become_another(folder: RunFolder, override: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{override}: a run that goes on keeps"):
-        resumed_config(folder, ["resume=here", override], {"data", "model"})
+    with pytest.raises(ValueError, match=rf"^{re.escape(override)}: a run that goes on keeps"):
+        resumed_config(folder, ["resume=here", override], {"data", "model", "trainer"})
+
+
+def test_resumed_run_takes_new_keys_with_a_plus_only(folder: RunFolder) -> None:
+    with pytest.raises(ValueError, match=r"^callbacks\.lst=null: .*config\.yaml has no such key"):
+        resumed_config(folder, ["callbacks.lst=null"], {"data"})
 
 
 def train(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError
 from rich.text import Text
 
 from blocksparse.pipeline.console import console
@@ -22,8 +23,18 @@ __all__ = ["run_job"]
 
 _log = logging.getLogger(__name__)
 
-# What may be changed when a run goes on: none of it changes what is learned.
-FREE_KEYS = ("trainer.", "callbacks.", "logger.", "report.", "data.root", "data.num_workers")
+# What may be changed when a run goes on, with all keys below it: none of it changes what is learned.
+FREE_KEYS = (
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.log_every_n_steps",
+    "trainer.limit_val_batches",
+    "callbacks",
+    "logger",
+    "report",
+    "data.root",
+    "data.num_workers",
+)
 # Errors whose text is meant for the user; everything else is a defect and keeps its traceback.
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, MisconfigurationException)
 
@@ -89,19 +100,30 @@ def resumed_config(
     Raises
     ------
     ValueError
-        If an override would make it another run.
+        If an override would make it another run, or its key is not in the configuration.
     """
     cfg = OmegaConf.load(folder.config)
     assert isinstance(cfg, DictConfig)
+    OmegaConf.set_struct(cfg, True)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.key_or_group
         if key == "resume":
             continue
-        if key in groups or not key.startswith(FREE_KEYS):
+        if key in groups or not _is_free(key):
             raise ValueError(
                 f"{override.input_line}: a run that goes on keeps the configuration it was started "
                 f"with ({folder.config}). Leave it out; only these may change: "
-                + ", ".join(f"{free}*" if free.endswith(".") else free for free in FREE_KEYS)
+                + ", ".join(FREE_KEYS)
             )
-        OmegaConf.update(cfg, key, override.value(), force_add=override.is_add())
+        try:
+            OmegaConf.update(cfg, key, override.value(), force_add=override.is_add())
+        except ConfigAttributeError as error:
+            raise ValueError(
+                f"{override.input_line}: {folder.config} has no such key. Mend its name, or add it "
+                f"with +{override.input_line}"
+            ) from error
     return cfg
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
