@@ -75,7 +75,9 @@ class Classifier(LightningModule):
                 "distillation is on but there is no teacher: give the dense network, or set "
                 "distillation to null"
             )
-        self.model = model
+        # Lightning leaves modes as they are: a network that was just evaluated would be trained with
+        # its batch norms frozen and without dropout.
+        self.model = model if model.training else model.train()
         self.optimization = optimization or Optimization()
         self.lr = self.optimization.lr  # Lightning's learning-rate finder reads and sets it
         self.label_smoothing = label_smoothing

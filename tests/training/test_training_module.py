@@ -254,3 +254,18 @@ def test_auxiliary_logits_join_the_loss():
 def test_endless_training_is_refused():
     with pytest.raises(ValueError, match=r"has no end.*max_epochs or max_steps"):
         trainer(max_epochs=-1).fit(Classifier(network()), datamodule=Digits())
+
+
+def test_a_network_that_was_evaluated_is_trained_as_any_other():
+    def weights(model):
+        trainer().fit(module := Classifier(model), datamodule=Digits(batch_size=8))
+        return module.state_dict()
+
+    plain, evaluated = weights(network()), weights(network().eval())
+    assert all(torch.equal(plain[name], value) for name, value in evaluated.items())
+
+
+def test_layers_in_evaluation_mode_stay_so():
+    model = network()
+    model.bn1.eval()
+    assert not Classifier(model).model.bn1.training
