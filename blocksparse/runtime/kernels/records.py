@@ -14,12 +14,10 @@ from numba import njit
 LOAD, STORE, COPY, CONV, CONV_NM, LINEAR, LINEAR_NM, POOL, ADAPTIVE_POOL, ELEMENTWISE = range(10)
 
 # Columns shared by all steps
-OP, ITEMS, CHUNK = 0, 1, 2  # CHUNK: channels of one work item
-SOURCE, TARGET, OTHER = (
-    32,
-    40,
-    48,
-)  # layouts, 8 columns each; OTHER is the residual or second operand (base -1: none)
+OP, ITEMS = 0, 1
+CHUNK = 2  # channels of one work item
+SOURCE, TARGET = 32, 40  # layouts, 8 columns each
+OTHER = 48  # layout of the residual or second operand; base -1: none
 FIELDS = 56
 
 # Copies: input coordinate = output coordinate * scale + shift; PLANES > 1 for phase planes
