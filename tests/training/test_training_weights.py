@@ -46,6 +46,8 @@ def build(weights: Path, **options) -> torch.nn.Module:
         lambda state: state,
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": state, "args": {"lr": 0.1}},
+        lambda state: {"net": state, "acc": 93.1, "epoch": 3},
+        lambda state: {"model_ema": state},
         lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}},
         lambda state: {f"module.model.{k}": v for k, v in state.items()},
     ],
@@ -78,6 +80,55 @@ def test_lightning_checkpoint(tmp_path):
     trainer.fit(module, datamodule=Digits(batch_size=8))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     assert_same(build(tmp_path / "last.ckpt"), module.model)
+
+
+class Weighted(pl.LightningModule):
+    """A user's module: the network, a loss with weights, and a metric."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.add_module(name, network())
+        self.criterion = torch.nn.CrossEntropyLoss(weight=torch.ones(10))
+
+
+@pytest.mark.parametrize("name", ["model", "net", "backbone"])
+def test_what_a_checkpoint_holds_besides_the_network_is_named_and_ignored(tmp_path, caplog, name):
+    module = Weighted(name)
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "last.ckpt")
+    assert_same(build(tmp_path / "last.ckpt"), module.get_submodule(name))
+    assert f"named {name}.*; ignored: criterion.weight" in caplog.text
+
+
+def test_under_a_prefix_everything_must_fit_too(tmp_path):
+    state = Weighted("model").state_dict()
+    del state["model.bn1.bias"]
+    state["model.fc.bias"] = torch.zeros(3)
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    with pytest.raises(WeightsError) as caught:
+        build(tmp_path / "last.ckpt")
+    text = str(caught.value)
+    assert "last.ckpt, under model.*, does not fit ResNetCifar" in text
+    assert "missing in the file (1): bn1.bias" in text
+    assert "unexpected in the file (1): fc.bias" in text
+    assert "besides model.* in the file (1): criterion.weight" in text
+
+
+def test_two_networks_in_one_file_are_told_apart_by_what_fits(tmp_path):
+    student, teacher = network(1), ResNetCifar(2, 10, 1, (4, 4, 8))
+    state = {f"teacher.{n}": v for n, v in teacher.state_dict().items()}
+    state |= {f"student.{n}": v for n, v in student.state_dict().items()}
+    torch.save(state, tmp_path / "both.pth")
+    assert_same(build(tmp_path / "both.pth"), student)
+    wide = {f"a.{n}": torch.zeros(99) for n in student.state_dict()}  # other shapes alone
+    narrow = {f"b.{n}": v for n, v in student.state_dict().items()}
+    load_weights(model := network(2), wide | narrow, "both.pth")
+    assert_same(model, student)
+
+
+def test_one_of_two_networks_that_fit_is_never_picked():
+    state = {f"{p}.{n}": v for p in ("ema", "model") for n, v in network().state_dict().items()}
+    with pytest.raises(WeightsError, match=r"holds 2 networks .* under ema\.\*, model\.\*"):
+        load_weights(network(), state, "both.pth")
 
 
 def test_num_batches_tracked_may_be_missing(tmp_path):
@@ -130,7 +181,7 @@ def test_other_number_of_classes(tmp_path):
     model = network(num_classes=7)
     torch.save(model.state_dict(), tmp_path / "seven.pth")
     with pytest.raises(
-        WeightsError, match=r"trained for 7 classes, the data has 10: set model.new"
+        WeightsError, match=r"trained for 7 classes, the network has 10: set model.new"
     ):
         build(tmp_path / "seven.pth")
     torch.manual_seed(5)
@@ -187,7 +238,7 @@ def test_not_weights(tmp_path):
     with pytest.raises(WeightsError, match=r"named \.pth, \.pt, \.ckpt, \.safetensors"):
         read_weights(tmp_path / "weights.onnx")
     torch.save({"epoch": 3}, tmp_path / "empty.ckpt")
-    with pytest.raises(WeightsError, match="no weights found"):
+    with pytest.raises(WeightsError, match=r"no weights found.* At its top are: epoch$"):
         read_weights(tmp_path / "empty.ckpt")
 
 
