@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.table import Table
 from rich.text import Text
 
@@ -86,6 +86,11 @@ def run(cfg: DictConfig) -> ExportReport:
     """
     from blocksparse.export import export_file
 
+    block = None if cfg.export.block is None else _block(cfg.export.block)
+    if cfg.export.images < 1:
+        raise ValueError(
+            f"export.images={cfg.export.images}: at least one image is needed to verify the file"
+        )
     source = _run_source(cfg) if _is_run(cfg) else _checkpoint_source(cfg)
     data = source.data
     images, origin = _images(source, cfg.export.images, cfg.seed)
@@ -96,7 +101,7 @@ def run(cfg: DictConfig) -> ExportReport:
         images,
         val_loader=islice(data.val_dataloader(), cfg.export.val_batches) if data else None,
         patterns=_patterns(source.checkpoint),
-        block=None if cfg.export.block is None else _block(cfg.export.block),
+        block=block,
         classes=data.classes if data else None,
         preprocessing=data.preprocessing if data else None,
         provenance={"checkpoint": source.checkpoint.name, "config": source.config},
@@ -136,15 +141,26 @@ def _run_source(cfg: DictConfig) -> Source:
         folder = _folder_of(Path(cfg.checkpoint))
     else:
         folder = _latest(Path(cfg.paths.runs))
-    checkpoint = Path(cfg.checkpoint) if cfg.checkpoint else folder.checkpoint("sparse")
-    for path, what in ((folder.config, "configuration"), (checkpoint, "pruned network")):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"run={folder.path}: its {what} {path.name} is not there"
-                + _listing(path.parent, "that folder holds")
-                + ". Name the folder of a finished run, or go on with this one: "
-                f"python train.py resume={folder.path}"
-            )
+    pruned = folder.checkpoint("sparse")
+    checkpoint = Path(cfg.checkpoint) if cfg.checkpoint else pruned
+    if not folder.path.is_dir():
+        raise FileNotFoundError(
+            f"run={folder.path}: there is no such folder. Name the folder of a finished run, "
+            f"{cfg.paths.runs}/NAME/TIME"
+        )
+    if not folder.config.is_file():
+        raise FileNotFoundError(
+            f"run={folder.path}: its configuration config.yaml is not there"
+            + _listing(folder.path, "that folder holds")
+            + f". Name the folder of a finished run, {cfg.paths.runs}/NAME/TIME"
+        )
+    if cfg.checkpoint is None and not pruned.is_file():
+        raise FileNotFoundError(
+            f"run={folder.path}: its pruned network {pruned.name} is not there"
+            + _listing(pruned.parent, "that folder holds")
+            + ". Name the folder of a finished run, or go on with this one: "
+            f"python train.py resume={folder.path}"
+        )
     config = OmegaConf.load(folder.config)
     assert isinstance(config, DictConfig)
     data = build_data(config)
@@ -153,16 +169,21 @@ def _run_source(cfg: DictConfig) -> Source:
     if config.model.weights is not None and Path(config.model.weights).suffix in SUFFIXES:
         config.model.weights = None
     network = build_network(config, data)
-    load_weights(network, read_weights(checkpoint), source=str(checkpoint))
+    state = read_weights(checkpoint, key="checkpoint")
+    load_weights(
+        network,
+        state,
+        source=str(checkpoint),
+        other_classes=f"name a checkpoint of the run {folder.path}, or leave out run= and give "
+        "model.name and num_classes={theirs}",
+    )
     return Source(
         network=network,
         input_shape=data.input_shape,
         data=data,
         checkpoint=checkpoint,
         # The run's file is its pruned network; another of its checkpoints gets a file of its own.
-        output=folder.model
-        if _same(checkpoint, folder.checkpoint("sparse"))
-        else _beside(checkpoint),
+        output=folder.model if _same(checkpoint, pruned) else _beside(checkpoint),
         config=_plain(config),
     )
 
@@ -193,18 +214,27 @@ def _checkpoint_source(cfg: DictConfig) -> Source:
     from blocksparse.training import load_weights, read_weights
 
     checkpoint = Path(cfg.checkpoint)
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint={checkpoint}: there is no such file")
     if cfg.model.name is None:
         raise ValueError(
             f"checkpoint={checkpoint}: say which network it belongs to, such as "
             "model.name=resnet50 (and num_classes=N, input_shape=[3,H,W] where they are not 1000 "
             "and [3,224,224])"
         )
-    state = read_weights(checkpoint)
+    state = read_weights(checkpoint, key="checkpoint")
     data = build_data(cfg) if is_set(cfg.get("data")) else None
-    shape = tuple(data.input_shape if data else cfg.input_shape)
+    shape = data.input_shape if data else _shape(cfg.input_shape)
     classes = data.num_classes if data else cfg.num_classes
     network = build(cfg.model, num_classes=classes, input_shape=shape, weights=None)
-    load_weights(network, state, source=str(checkpoint))
+    load_weights(
+        network,
+        state,
+        source=str(checkpoint),
+        other_classes="choose the data it was trained with, or none"
+        if data
+        else "set num_classes={theirs}",
+    )
     return Source(
         network=network,
         input_shape=shape,
@@ -225,8 +255,6 @@ def _images(source: Source, count: int, seed: int) -> tuple[Tensor, str]:
     """Return images to compare on, and in words where they are from."""
     import torch
 
-    if count < 1:
-        raise ValueError(f"export.images={count}: at least one image is needed to verify the file")
     if source.data is not None:
         images, _ = next(iter(source.data.val_dataloader()))
         return images[:count], f"{len(images[:count])} validation images"
@@ -247,8 +275,25 @@ def _patterns(checkpoint: Path) -> dict[str, Pattern]:
     return checkpoint_patterns(content)
 
 
+def _shape(sides: Any) -> tuple[int, int, int]:
+    if (
+        not isinstance(sides, ListConfig)
+        or len(sides) != 3
+        or not all(isinstance(side, int) and side > 0 for side in sides)
+    ):
+        raise ValueError(
+            f"input_shape={sides}: must be [C,H,W], channels, height and width of one image, such "
+            "as [3,224,224]"
+        )
+    return (sides[0], sides[1], sides[2])
+
+
 def _block(sides: Any) -> tuple[int, int]:
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+    if (
+        not isinstance(sides, ListConfig)
+        or len(sides) != 2
+        or not all(isinstance(side, int) and side > 0 for side in sides)
+    ):
         raise ValueError(f"export.block={sides}: give rows and columns, such as [8,8]")
     return (sides[0], sides[1])
 

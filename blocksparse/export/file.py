@@ -58,7 +58,7 @@ def export_file(
     provenance : mapping, optional
         Plain JSON values to store in the file: configuration, metrics, versions.
     report_path : str or Path, optional
-        Also save the report there as JSON.
+        Also save the report there as JSON. Missing folders are made.
 
     Returns
     -------
@@ -71,6 +71,8 @@ def export_file(
         An operation has no counterpart in the file; names it and its module.
     WeightError
         A weight holds NaN or infinity.
+    IsADirectoryError
+        `path` or `report_path` is a folder.
     VerificationError
         The file does not compute what the model computes; no file is left under the final name.
     """
@@ -79,6 +81,9 @@ def export_file(
             f"inputs must be at least one image, [N, C, H, W]; their shape is {tuple(inputs.shape)}"
         )
     path = Path(path)
+    for target in (path, report_path):
+        if target is not None and Path(target).is_dir():  # said before the work, not after it
+            raise IsADirectoryError(f"{target} is a folder; name the file that is to be written")
     converted = convert(
         model,
         tuple(inputs.shape[1:]),
@@ -110,6 +115,7 @@ def export_file(
         verification.tolerance,
     )
     if report_path is not None:
+        Path(report_path).parent.mkdir(parents=True, exist_ok=True)
         report.save(report_path)
     return report
 

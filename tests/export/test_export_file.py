@@ -60,6 +60,14 @@ def test_squeezenet(tmp_path):
     assert report.ratio < (0.5 + 0.5 * 2 / 32) * 1.02
 
 
+@pytest.mark.parametrize("key", ["path", "report_path"])
+def test_a_folder_is_no_file_to_write(tmp_path, key):
+    paths = {"path": tmp_path / "net.bsr.safetensors", key: tmp_path}
+    with pytest.raises(IsADirectoryError, match="is a folder; name the file"):
+        export_file(nn.Identity(), paths.pop("path"), images(1, 3, 8, 8), **paths)
+    assert not list(tmp_path.iterdir())
+
+
 def test_report_adds_up(tmp_path):
     model = small()
     prune_blocks(model, 0.6, seed=1)
@@ -75,7 +83,7 @@ def test_report_adds_up(tmp_path):
             "resize": 8, "crop": [8, 8], "mean": [0, 0.1, 0], "std": (1, 1, 2), "channels": "rgb"
         },
         provenance={"config": {"seed": 1}},
-        report_path=tmp_path / "report.json",
+        report_path=tmp_path / "reports" / "report.json",
     )  # fmt: skip
     assert report.file_bytes == path.stat().st_size
     parts = report.values_bytes + report.indices_bytes + report.metadata_bytes
@@ -91,7 +99,7 @@ def test_report_adds_up(tmp_path):
     assert 0 < report.verification.max_error <= report.verification.tolerance
     assert report.table()[-1]["layer"] == "file"
     assert len({tuple(row) for row in report.table()}) == 1
-    saved = json.loads((tmp_path / "report.json").read_text())
+    saved = json.loads((tmp_path / "reports" / "report.json").read_text())
     assert saved["layers"][1]["reason"] == report.layers[1].reason
     stored = read(path)
     assert stored.classes == ("a", "b", "c", "d")

@@ -67,7 +67,7 @@ def test_the_latest_run_is_the_default(export, tmp_path):
     make_run(tmp_path / "runs" / "a" / "2030-01-01", seed=1)
     latest = make_run(tmp_path / "runs" / "b" / "2029-01-01", seed=2)
     os.utime(tmp_path / "runs" / "a" / "2030-01-01" / "checkpoints" / "sparse.ckpt", (1, 1))
-    report = export("report=report.json")
+    report = export("report=reports/report.json")
     assert report.path == Path("runs/b/2029-01-01/model.bsr.safetensors")
     stored = read(report.path)
     assert torch.equal(
@@ -78,7 +78,7 @@ def test_the_latest_run_is_the_default(export, tmp_path):
     assert stored.provenance["checkpoint"] == "sparse.ckpt"
     assert stored.provenance["config"]["model"]["name"] == "resnet8"
     assert report.verification.val_images == 360
-    assert (tmp_path / "report.json").is_file()
+    assert (tmp_path / "reports" / "report.json").is_file()
 
 
 @pytest.mark.slow
@@ -142,15 +142,34 @@ def test_block_key(export, tmp_path):
     assert "bsr 8x8" not in {row.layout for row in report.layers}
 
 
+NET = ["checkpoint=net.pth", "model.name=resnet8", "model.widths=[8,16,16]"]
 ERRORS = {
     "no runs": ([], r"runs: no finished run .* \(runs does not exist\)"),
-    "no such run": (["run=runs/x"], r"run=runs/x: its configuration config\.yaml is not there"),
+    "no such run": (
+        ["run=runs/x"],
+        r"run=runs/x: there is no such folder\. Name the folder [^:]*$",
+    ),
+    "no run": (
+        ["run=half/checkpoints"],
+        r"config\.yaml is not there .that folder holds last_[^:]*$",
+    ),
     "unfinished run": (["run=half"], r"its pruned network sparse\.ckpt is not there \(that folder"),
     "no model": (["checkpoint=net.pth"], r"checkpoint=net\.pth: say which network it belongs to"),
-    "no checkpoint": (["checkpoint=x.pth", "model.name=resnet8"], r"x\.pth: there is no such"),
+    "no checkpoint": (
+        ["checkpoint=x.pth", "model.name=resnet8"],
+        r"^checkpoint=x\.pth: there is no such",
+    ),
+    "no checkpoint in a run": (["checkpoint=half/checkpoints/x.ckpt"], r"no .*; check checkpoint$"),
     "wrong model": (["checkpoint=net.pth", "model.name=resnet14"], r"does not fit ResNetCifar"),
+    "classes": ([*NET, "input_shape=[1,8,8]"], r"for 10 classes, .* 1000: set num_classes=10$"),
+    "two numbers": ([*NET, "input_shape=[8,8]"], r"input_shape=\[8, 8\]: must be \[C,H,W\]"),
+    "four numbers": ([*NET, "input_shape=[1,1,8,8]"], r"input_shape=.*: must be \[C,H,W\]"),
+    "one number": ([*NET, "input_shape=8"], r"input_shape=8: must be \[C,H,W\]"),
     "unknown model": (["checkpoint=net.pth", "model.name=resnet8_"], r"did you mean"),
     "block": (["run=whole", "export.block=[8]"], r"export\.block=\[8\]: give rows and columns"),
+    "one side": (["run=whole", "export.block=8"], r"export\.block=8: give rows and columns"),
+    "output folder": (["run=whole", "output=half"], r"^half is a folder"),
+    "report folder": (["run=whole", "report=half"], r"^half is a folder"),
     "images": (["run=whole", "export.images=0"], r"export\.images=0: at least one"),
 }
 
@@ -164,7 +183,7 @@ def test_errors_say_what_is_there(script, tmp_path, monkeypatch, overrides, mess
     torch.save(network().state_dict(), "net.pth")
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("export", overrides)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         script.run(cfg)
     assert not list(tmp_path.rglob("*.bsr.safetensors*"))
 
