@@ -59,8 +59,9 @@ def layer_mask(
     """
     floors = floors or Floors(min_density=0.0, keep_channels=False)
     units = _finite_units(weight, pattern, score, "weight")
-    protected = protect(pattern, tuple(weight.shape), units.importance, units.size, floors)
     zeros = weights_for(min(sparsity / pattern.limit, 1.0), int(units.size.sum()))
+    shape = tuple(weight.shape)
+    protected = protect(pattern, shape, units.importance, units.size, floors, zeros)
     return units.mask(keep_units(units.importance, units.size, protected, zeros)).to(weight.device)
 
 
@@ -86,22 +87,19 @@ def plan_masks(plan: Plan, weights: Mapping[str, Tensor], share: float) -> dict[
     ValueError
         If a weight is not finite.
     """
-    units, protected = {}, {}
+    units, protected, wanted = {}, {}, {}
     for layer in plan.pruned:
+        zeros = None if layer.zeros is None else _between(layer.start, layer.zeros, share)
         found = _finite_units(weights[layer.param], plan.pattern, plan.score, layer.param)
         units[layer.param] = found
         protected[layer.param] = protect(
-            plan.pattern, layer.shape, found.importance, found.size, plan.floors
+            plan.pattern, layer.shape, found.importance, found.size, plan.floors, zeros
         )
+        if zeros is not None:
+            wanted[layer.param] = zeros
     keeps = {
-        layer.param: keep_units(
-            units[layer.param].importance,
-            units[layer.param].size,
-            protected[layer.param],
-            _between(layer.start, layer.zeros, share),
-        )
-        for layer in plan.pruned
-        if layer.zeros is not None
+        param: keep_units(units[param].importance, units[param].size, protected[param], zeros)
+        for param, zeros in wanted.items()
     }
     if not plan.shared_out:
         keeps = _keep_globally(plan, weights, units, protected, share)

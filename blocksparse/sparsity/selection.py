@@ -65,28 +65,39 @@ def keep_units(importance: Tensor, size: Tensor, protected: Tensor, zeros: int) 
     ValueError
         If what is not protected does not hold ``zeros`` weights.
     """
-    keep = torch.ones_like(protected)
     if zeros <= 0:
-        return keep
-    order = _ranked(importance, protected)
-    freed = size.masked_fill(protected, 0)[order].flip(0).cumsum(0)
-    if len(freed) == 0 or int(freed[-1]) < zeros:
-        available = int(freed[-1]) if len(freed) else 0
+        return torch.ones_like(protected)
+    free = size.masked_fill(protected, 0)
+    available = int(free.sum())
+    if available < zeros:
         raise ValueError(
             f"{zeros} weights must go, but the floors leave only {available} to choose"
         )
-    dropped = int(torch.searchsorted(freed, zeros)) + 1
+    each = _common(size)
+    if each:
+        return ~_goes_first(importance, protected, -(-zeros // each))
+    order = _ranked(importance, protected)
+    dropped = int(torch.searchsorted(free[order].flip(0).cumsum(0), zeros)) + 1
+    keep = torch.ones_like(protected)
     keep[order[len(order) - dropped :]] = False
     return keep
 
 
 def protect(
-    pattern: Pattern, shape: tuple[int, ...], importance: Tensor, size: Tensor, floors: Floors
+    pattern: Pattern,
+    shape: tuple[int, ...],
+    importance: Tensor,
+    size: Tensor,
+    floors: Floors,
+    zeros: int | None = None,
 ) -> Tensor:
     """Return bool [U]: the units of a weight of ``shape`` that the floors keep.
 
     What is protected depends on the weights alone and not on the target. So a mask at a higher
     sparsity stays a subset of the mask at a lower one.
+
+    With ``zeros``, how many weights `keep_units` will be asked to drop, ``min_density`` is not
+    worked out where so few zeros cannot break it; the choice of `keep_units` is the same.
     """
     protected = torch.zeros(len(importance), dtype=torch.bool, device=importance.device)
     grid = pattern.grid(shape)
@@ -94,8 +105,14 @@ def protect(
         best = importance.reshape(grid).cpu().numpy()
         protected |= torch.from_numpy(channel_cover(best)).to(protected.device)
     allowed = math.floor(round(math.prod(shape) * (1.0 - floors.min_density), 6))
+    # What goes exceeds `zeros` by less than one unit.
+    if len(size) == 0 or (zeros is not None and zeros + int(size.max()) - 1 <= allowed):
+        return protected
     free = size.masked_fill(protected, 0)
     if int(free.sum()) > allowed:
+        each = _common(size)
+        if each:
+            return ~_goes_first(importance, protected, allowed // each)
         order = _ranked(importance, protected)
         freed = free[order].flip(0).cumsum(0)
         droppable = int(torch.searchsorted(freed, allowed, right=True))
@@ -149,16 +166,24 @@ def channel_cover(importance: np.ndarray) -> np.ndarray:
         bool [B * D * P], True where the unit is taken.
     """
     rows, cols, positions = importance.shape
-    where = importance.argmax(2)
-    best = np.take_along_axis(importance, where[:, :, None], 2)[:, :, 0]
+    if positions == 1:
+        where, best = np.zeros((rows, cols), dtype=np.int64), importance[:, :, 0]
+    else:
+        where = importance.argmax(2)
+        best = np.take_along_axis(importance, where[:, :, None], 2)[:, :, 0]
     # mates[r] is the block column that block row r is matched with, -1 if none.
-    mates = np.full(rows, -1)
-    _match_greedily(best, mates, above=0.0)
-    for free_row in np.flatnonzero(mates < 0):
-        _augment(best > 0.0, mates, int(free_row))
-    _match_greedily(best, mates, above=-1.0)
+    mates = _match_greedily(best)
+    free_rows = np.flatnonzero(mates < 0)
+    edges = best > 0.0
+    for free_row in free_rows:
+        _augment(edges, mates, int(free_row))
+    # No room is left for them, so that all units between these rows and columns are zero: equals,
+    # that go by index.
     free_rows = np.flatnonzero(mates < 0)
     free_cols = np.setdiff1d(np.arange(cols), mates)
+    pairs = min(len(free_rows), len(free_cols))
+    mates[free_rows[:pairs]] = free_cols[:pairs]
+    free_rows, free_cols = free_rows[pairs:], free_cols[pairs:]
     mates[free_rows] = best[free_rows].argmax(1)
     taken = np.zeros(importance.shape, dtype=bool)
     for row, col in ((np.arange(rows), mates), (best[:, free_cols].argmax(0), free_cols)):
@@ -166,27 +191,35 @@ def channel_cover(importance: np.ndarray) -> np.ndarray:
     return taken.reshape(rows * cols * positions)
 
 
-def _match_greedily(best: np.ndarray, mates: np.ndarray, above: float) -> None:
-    """Match free rows with free columns, in place, the most important unit above a bound first.
+def _match_greedily(best: np.ndarray) -> np.ndarray:
+    """Match rows with columns, the most important unit first, zeros not; -1 for rows without one.
 
     Greedy takes a unit when it comes before all others of its row and of its column. All that do so
     at a time are taken at once. numpy's argmax gives the first of equals, so ties go by index.
     """
-    rows = np.flatnonzero(mates < 0)
-    cols = np.setdiff1d(np.arange(best.shape[1]), mates)
-    while len(rows) and len(cols):
-        left = best[np.ix_(rows, cols)]
+    mates = np.full(best.shape[0], -1)
+    rows, cols = np.arange(best.shape[0]), np.arange(best.shape[1])
+    left = best  # shrinks with the rows and columns, so that all rounds cost little more than one
+    while left.size:
         choice = left.argmax(1)
         mutual = left.argmax(0)[choice] == np.arange(len(rows))
-        mutual &= left[np.arange(len(rows)), choice] > above
+        mutual &= left[np.arange(len(rows)), choice] > 0.0
         if not mutual.any():
-            return
+            break
         mates[rows[mutual]] = cols[choice[mutual]]
-        rows, cols = rows[~mutual], np.delete(cols, choice[mutual])
+        stays = np.ones(len(cols), dtype=bool)
+        stays[choice[mutual]] = False
+        left = left[~mutual][:, stays]
+        rows, cols = rows[~mutual], cols[stays]
+    return mates
 
 
 def _augment(edges: np.ndarray, mates: np.ndarray, row: int) -> None:
-    """Match a free row over ``edges``, in place, if others can make room (H. W. Kuhn, 1955)."""
+    """Match a free row over ``edges``, in place, if others can make room (H. W. Kuhn, 1955).
+
+    If they cannot, no later row gets room there either, and the columns lose their edges: so all
+    searches in vain together look at each column once.
+    """
     row_of_col = np.full(edges.shape[1], -1)
     matched = np.flatnonzero(mates >= 0)
     row_of_col[mates[matched]] = matched
@@ -203,6 +236,33 @@ def _augment(edges: np.ndarray, mates: np.ndarray, row: int) -> None:
                 mates[giver], col = col, int(mates[giver])
             return
         queue.extend(row_of_col[reached].tolist())
+    edges[:, came_from >= 0] = False
+
+
+def _common(size: Tensor) -> int:
+    """Return the size that all units have, 0 if they differ."""
+    largest = int(size.max())
+    return largest if int(size.min()) == largest else 0
+
+
+def _goes_first(importance: Tensor, protected: Tensor, count: int) -> Tensor:
+    """Return bool [U]: the ``count`` units that go first, the last of `_ranked`, without a sort.
+
+    All below the ``count``-th smallest importance go, and of those that equal it the last. For the
+    8 million weights of a 2048x4096 layer, one by one, a mask takes 0.8 s on one core, not 4.3 s.
+    """
+    goes = torch.zeros_like(protected)
+    if count == 0:
+        return goes
+    ranked = importance.masked_fill(protected, math.inf)
+    if ranked.device.type == "cpu":  # np.partition takes seven times as long if most are zero
+        bound = float(ranked.kthvalue(count).values)
+    else:  # sorts fast, and kthvalue is refused by torch.use_deterministic_algorithms
+        bound = float(ranked.sort().values[count - 1])
+    torch.lt(ranked, bound, out=goes)
+    equals = (ranked == bound).nonzero()[:, 0]
+    goes[equals[len(equals) - (count - int(goes.sum())) :]] = True
+    return goes
 
 
 def _ranked(importance: Tensor, protected: Tensor) -> Tensor:

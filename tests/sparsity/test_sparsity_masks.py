@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from blocksparse.sparsity import (
     resolve,
     unpack_mask,
 )
-from blocksparse.sparsity.selection import channel_cover, most_zeros
+from blocksparse.sparsity.selection import channel_cover, keep_units, most_zeros, protect
 
 KERNELS = [(), (1, 1), (3, 3), (1, 3), (2,)]
 SCORES = {1: l1, 2: l2}
@@ -219,6 +220,71 @@ def test_the_cover_is_as_small_as_can_be_and_calls_no_zero_back(rows, cols, posi
     matching = maximum_bipartite_matching(csr_array(edges), perm_type="column")
     if edges.any(0).all() and edges.any(1).all() and (matching >= 0).sum() == min(rows, cols):
         assert grid[taken].all()
+
+
+@given(
+    st.integers(1, 400),
+    st.sampled_from([[1], [64], [64, 24], [4, 0], [1, 2, 3]]),
+    st.sampled_from([1, 2, 5, 10**6]),
+    st.floats(0.0, 1.0),
+    st.integers(0, 999),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_choice_is_that_of_a_full_stable_sort(units, sizes, values, share, seed):
+    """With one unit size and with several, and with hardly any or mostly ties."""
+    rng = np.random.default_rng(seed)
+    importance = rng.integers(0, values, units).astype(np.float32)
+    size = rng.choice(sizes, units)
+    protected = rng.random(units) < 0.2
+    zeros = math.floor(share * size[~protected].sum())
+    order = [u for u in np.argsort(-importance, kind="stable") if not protected[u]]
+    expected = np.ones(units, dtype=bool)
+    while size[~expected].sum() < zeros:
+        expected[order.pop()] = False
+    arguments = (torch.from_numpy(x) for x in (importance, size, protected))
+    np.testing.assert_array_equal(keep_units(*arguments, zeros).numpy(), expected)
+
+
+@given(weights(), st.one_of(blocks, nms), st.sampled_from([0.0, 0.05, 0.3, 0.8]), sparsities)
+@settings(max_examples=80, deadline=None)
+def test_a_density_floor_is_left_out_only_where_it_cannot_matter(weight, pattern, density, share):
+    shape, floors = weight.shape, Floors(density, keep_channels=True)
+    units = pattern.units(torch.from_numpy(weight), l2)
+    zeros = int(share * int(units.size.sum()))
+
+    def choice(told: int | None) -> list[bool] | str:
+        kept = protect(pattern, shape, units.importance, units.size, floors, told)
+        try:
+            return keep_units(units.importance, units.size, kept, zeros).tolist()
+        except ValueError as error:
+            return str(error)
+
+    assert choice(zeros) == choice(None)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 2), st.integers(0, 999))
+@settings(max_examples=60, deadline=None)
+def test_zeros_complete_a_cover_in_order(rows, cols, positions, seed):
+    """Units that cannot be matched otherwise, or among equals, go by index."""
+    rng = np.random.default_rng(seed)
+    grid = np.zeros((rows, cols, positions), dtype=np.float32)
+    lit = rng.permutation(min(rows, cols))[: rng.integers(0, min(rows, cols) + 1)]
+    grid[lit, lit] = rng.integers(1, 3, (len(lit), positions))
+    taken = channel_cover(grid).reshape(grid.shape)
+    pairs = {(r, r) for r in range(min(rows, cols))}
+    pairs |= {(r, int(grid[r].any(1).argmax())) for r in range(cols, rows)}
+    pairs |= {(int(grid[:, c].any(1).argmax()), c) for c in range(rows, cols)}
+    assert {(int(r), int(c)) for r, c in np.argwhere(taken.any(2))} == pairs
+
+
+@pytest.mark.slow
+def test_every_weight_of_a_large_layer_for_itself_is_fast():
+    weight = torch.randn(2048, 4096, generator=torch.Generator().manual_seed(0))
+    mask = layer_mask(weight, Unstructured(), 0.8, floors=Floors())
+    began = time.process_time()
+    layer_mask(weight * mask, Unstructured(), 0.9, floors=Floors())
+    layer_mask(torch.zeros_like(weight).T, Unstructured(), 0.5, floors=Floors())
+    assert time.process_time() - began < 8  # a rematching of every row would take minutes
 
 
 def test_a_global_ramp_takes_from_the_weakest_layer_and_heeds_floors():
