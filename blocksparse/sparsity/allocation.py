@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from blocksparse.sparsity.layers import check_globs, matches_any
+from blocksparse.sparsity.layers import FoundLayer, check_globs, matches_any
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,15 @@ class Unreachable(ValueError):
 class Allocation(ABC):
     """A rule that shares a target out."""
 
+    def check(self, layers: Sequence[FoundLayer]) -> None:  # noqa: B027 - most rules name no layer
+        """Refuse names that do not go with ``layers``, all of the network, the dense ones too.
+
+        Raises
+        ------
+        ValueError
+            If a glob matches no layer, or asks for zeros only in layers that are left dense.
+        """
+
     @abstractmethod
     def zeros(self, layers: Sequence[Candidate], target: float, limit: float) -> list[int | None]:
         """Return per layer how many weights must go, 0 for a layer that stays dense.
@@ -65,7 +74,7 @@ class Allocation(ABC):
         Unreachable
             If the floors do not leave enough.
         ValueError
-            If the pattern cannot give as much, or a glob matches no layer.
+            If the pattern cannot give as much.
         """
 
 
@@ -134,9 +143,22 @@ class Targets(Allocation):
         found = [sparsity for glob, sparsity in self.targets if matches_any(name, [glob])]
         return found[-1] if found else None
 
+    def check(self, layers: Sequence[FoundLayer]) -> None:
+        """Refuse globs that match no layer that is pruned; see `Allocation.check`."""
+        check_globs("targets", [glob for glob, _ in self.targets], [x.name for x in layers])
+        for glob, sparsity in self.targets:
+            matched = [layer for layer in layers if matches_any(layer.name, [glob])]
+            if sparsity > 0 and all(layer.reason for layer in matched):
+                listed = "; ".join(
+                    f"{layer.name} ({layer.reason}: {_mend(layer.reason)})" for layer in matched
+                )
+                raise ValueError(
+                    f"targets: {glob!r} asks for sparsity {sparsity:g}, but all that it matches is "
+                    f"left dense: {listed}"
+                )
+
     def zeros(self, layers: Sequence[Candidate], target: float, limit: float) -> list[int | None]:
         """Return the weights that must go per layer; see `Allocation.zeros`."""
-        check_globs("targets", [glob for glob, _ in self.targets], [x.name for x in layers])
         own = {layer.name: self.sparsity_of(layer.name) for layer in layers}
         others = [layer for layer in layers if own[layer.name] is None]
         general = Uniform().zeros(others, target, limit)
@@ -153,6 +175,21 @@ class Targets(Allocation):
                 )
             result[layer.name] = wanted
         return [result[layer.name] for layer in layers]
+
+
+def _mend(reason: str) -> str:
+    """Return what to change so that a layer left dense for ``reason`` is pruned."""
+    if reason == "first convolution":
+        return "set sparsity.first_conv_dense=false"
+    if reason.endswith("classifier"):
+        return "set sparsity.classifier_dense=false"
+    if reason == "not in include":
+        return "add it to sparsity.include"
+    if reason == "in dense":
+        return "take it out of sparsity.dense"
+    if reason.startswith("the floors"):
+        return "take smaller blocks, or set sparsity.keep_channels=false"
+    return "it cannot be pruned, take it out of the targets"
 
 
 def weights_for(share: float, full: int) -> int:

@@ -129,6 +129,22 @@ def test_a_glob_that_matches_nothing_lists_the_layers(key):
     assert key in str(error.value)
 
 
+def test_targets_of_layers_left_dense_say_why_and_what_to_change():
+    network = torchvision.models.resnet18()
+
+    def plan(glob: str, sparsity: float, layers: Layers | None = None) -> Plan:
+        return resolve(network, target=0.5, allocation=Targets([(glob, sparsity)]), layers=layers)
+
+    with pytest.raises(ValueError, match=r"conv1 \(first conv.*sparsity\.first_conv_dense=false"):
+        plan("conv1", 0.3)
+    with pytest.raises(ValueError, match=r"fc \(classifier: set sparsity\.classifier_dense=false"):
+        plan("fc", 0.3)
+    with pytest.raises(ValueError, match=r"in dense: take it out of sparsity\.dense"):
+        plan("layer1.*", 0.3, Layers(dense=["layer1.*"]))
+    assert reasons(plan("conv1", 0.0))["conv1"] == "first convolution"
+    assert targets(plan("*conv1", 0.25))["layer1.0.conv1"] == 0.25
+
+
 def test_nothing_left_to_prune_lists_the_layers_and_reasons():
     with pytest.raises(ValueError, match="0: first convolution; 1: classifier"):
         resolve(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 2)), target=0.5)
