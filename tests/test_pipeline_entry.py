@@ -81,14 +81,28 @@ def train(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_mistake_is_one_line_and_leaves_the_traceback_in_the_log(tmp_path: Path) -> None:
-    done = train("model.name=resnet21", "name=wrong", cwd=tmp_path)
+@pytest.mark.parametrize(
+    "override", ["model.name=resnet21", "resume=/nope", "data=image_folder", "paths.runs=elsewhere"]
+)
+def test_mistake_is_one_line_and_leaves_nothing_behind(tmp_path: Path, override: str) -> None:
+    done = train(override, "dense.epochs=-1", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stdout.startswith("error: model.name=resnet21")
+    assert done.stdout.startswith("error: ")
+    assert "run.log" not in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
-    (log,) = tmp_path.glob("runs/wrong/*/run.log")
-    assert "Traceback" in log.read_text()
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistake_leaves_the_folder_of_a_run_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "a" / "b"
+    folder.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create({"seed": 3}), folder / "config.yaml")
+    done = train("resume=runs/a/b", "seed=4", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.startswith("error: seed=4: a run that goes on keeps")
+    assert "The traceback is in runs/a/b/run.log" in done.stdout
+    assert "Traceback" in (folder / "run.log").read_text()
+    assert (folder / "config.yaml").is_file()
 
 
 @pytest.mark.slow

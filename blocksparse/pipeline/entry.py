@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -23,7 +25,7 @@ __all__ = ["run_job"]
 
 _log = logging.getLogger(__name__)
 
-# What may be changed when a run goes on, with all keys below it: none of it changes what is learned.
+# What may be changed when a run goes on, with all keys below: none of it changes what is learned.
 FREE_KEYS = (
     "trainer.accelerator",
     "trainer.devices",
@@ -77,10 +79,33 @@ def run_job(cfg: DictConfig) -> float:
     except USER_ERRORS as error:
         _log.info("traceback", exc_info=True)
         console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-        console.print(f"The traceback is in {folder}/run.log", style="dim", soft_wrap=True)
+        if not _remove_unstarted(folder):
+            console.print(f"The traceback is in {folder}/run.log", style="dim", soft_wrap=True)
         if single:
             sys.exit(1)
         raise  # Hydra goes on with the other jobs of the sweep, and reports this one at the end
+
+
+def _remove_unstarted(folder: RunFolder) -> bool:
+    """Remove the folder of a run that never began, and say whether it is gone.
+
+    Hydra makes it before the configuration is looked at; a log alone is nothing to keep.
+    """
+    path = folder.path.resolve()
+    here = Path.cwd()
+    if not path.is_dir() or path == here or path in here.parents:
+        return False
+    if {entry.name for entry in path.iterdir()} - {"run.log", ".hydra"}:
+        return False
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler) and path in Path(handler.baseFilename).parents:
+            handler.close()
+    shutil.rmtree(path)
+    with suppress(OSError):  # not empty
+        for parent in path.parents[:2]:  # runs/<name>, runs
+            if parent != here:
+                parent.rmdir()
+    return True
 
 
 def resumed_config(
