@@ -39,6 +39,50 @@ def test_trains_in_training_mode_and_leaves_it(tmp_path: Path) -> None:
     assert not torch.equal(after["conv1.weight"], before["conv1.weight"])
 
 
+@pytest.mark.parametrize(
+    ("name", "side", "options"),
+    [
+        ("squeezenet1_1", 16, []),
+        # Fits as it is, but not its auxiliary classifier, which runs in training alone.
+        ("inception_v3", 75, ["+model.options.init_weights=false"]),
+    ],
+)
+def test_images_too_small_for_the_network_are_refused(
+    name: str, side: int, options: list[str]
+) -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose(
+            "train",
+            [
+                "data=fake",
+                f"data.input_shape=[3,{side},{side}]",
+                "model=torchvision",
+                f"model.name={name}",
+                *options,
+            ],
+        )
+    data = build_data(cfg)
+    with pytest.raises(
+        ValueError, match=rf"name={name} cannot take images of 3x{side}x{side}: "
+    ) as e:
+        build_network(cfg, data)
+    assert "Set data.input_shape to the size of its images" in str(e.value)
+
+
+def test_trying_the_images_changes_nothing() -> None:
+    cfg = configuration()
+    data = build_data(cfg)
+    torch.manual_seed(0)
+    network = build_network(cfg, data)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    fresh = build(cfg.model, num_classes=data.num_classes, input_shape=data.input_shape)
+    assert torch.equal(drawn, torch.rand(1))
+    assert network.training == fresh.training
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(value, network.state_dict()[name]), name
+
+
 def test_stage_does_not_depend_on_what_ran_before(tmp_path: Path) -> None:
     cfg = configuration()
     data = build_data(cfg)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,11 +49,39 @@ def build_data(cfg: DictConfig) -> ImageData:
 
 
 def build_network(cfg: DictConfig, data: ImageData) -> nn.Module:
-    """Return the network for this data, with the weights that the configuration names."""
+    """Return the network for this data, with the weights that the configuration names.
+
+    Raises
+    ------
+    ValueError
+        The network cannot be trained on images of this size.
+    """
     network: nn.Module = build(
         cfg.model, num_classes=data.num_classes, input_shape=data.input_shape
     )
+    _try_images(network, cfg, data.input_shape)
     return network
+
+
+def _try_images(network: nn.Module, cfg: DictConfig, shape: tuple[int, int, int]) -> None:
+    """Raise ValueError if a step of training would fail because of the size of the images.
+
+    A copy is tried, as a step changes batch norm; in training mode, where auxiliary classifiers run
+    as well.
+    """
+    trial = copy.deepcopy(network).train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            trial(torch.zeros(2, *shape))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = "x".join(map(str, shape))
+        keys = [f"data.{key}" for key in ("size", "input_shape") if key in cfg.data]
+        mend = f"Set {keys[0]} to the size of its images" if keys else "Choose data of another size"
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"model.name={cfg.model.name} cannot take images of {size}: {reason}. {mend}, or "
+            "choose another model.name"
+        ) from error
 
 
 @contextmanager
