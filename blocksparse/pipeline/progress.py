@@ -66,6 +66,7 @@ class StageProgress(ProgressBar):
         if not self._enabled:
             return
         if not self.console.is_terminal:
+            self._line(f"starts at {_epochs(trainer)}")  # the end of the first may be hours away
             return
         self._progress = Progress(
             TextColumn("{task.description}", style="bold", table_column=Column(no_wrap=True)),
@@ -112,12 +113,7 @@ class StageProgress(ProgressBar):
             return
         self._next_line = (int(done * LINES) + 1) / LINES if done < 1 else 1.0
         seconds = time.perf_counter() - self._started
-        self.console.print(
-            f"{self.title}: {_epochs(trainer)}  {_figures(trainer)}  {seconds:.0f} s",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        self._line(f"{_epochs(trainer)}  {_figures(trainer)}  {seconds:.0f} s")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the bar, and leave it on the screen."""
@@ -128,6 +124,9 @@ class StageProgress(ProgressBar):
     ) -> None:
         """Close the bar, so that the error is readable and the next run can open its own."""
         self._close()
+
+    def _line(self, text: str) -> None:
+        self.console.print(f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def _close(self) -> None:
         if self._progress is not None:
