@@ -46,9 +46,9 @@ class Classifier(LightningModule):
     distillation : Distillation, optional
         How to follow the teacher; None: not at all.
     teacher : nn.Module, optional
-        The dense network; needed with `distillation`. It is used in evaluation mode and never
-        changed, and it must be given again to resume (its fingerprint in the checkpoint tells a
-        wrong one).
+        The dense network; needed with `distillation`. It is put in evaluation mode,
+        its weights never change, and it must be given again to resume (its fingerprint in the
+        checkpoint tells a wrong one).
     channels_last : bool
         Keep the network and the images channels innermost in memory, which convolutions on CPUs and
         GPUs often prefer.
@@ -75,7 +75,7 @@ class Classifier(LightningModule):
                 "distillation is on but there is no teacher: give the dense network, or set "
                 "distillation to null"
             )
-        # Lightning leaves modes as they are: a network that was just evaluated would be trained with
+        # Lightning leaves modes as they are: a network just evaluated would be trained with
         # its batch norms frozen and without dropout.
         self.model = model if model.training else model.train()
         self.optimization = optimization or Optimization()
@@ -86,9 +86,7 @@ class Classifier(LightningModule):
         self.seed = seed
         # In a tuple, where nn.Module does not look: no parameter, no entry of state_dict.
         self._teacher: tuple[nn.Module, ...] = (
-            (teacher.eval().requires_grad_(False),)
-            if teacher is not None and distillation is not None
-            else ()
+            (teacher.eval(),) if teacher is not None and distillation is not None else ()
         )
         self._gradients: dict[str, Tensor] = {}
         if channels_last:

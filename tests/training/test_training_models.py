@@ -175,7 +175,7 @@ def test_downloaded_weights(monkeypatch):
     weights = "IMAGENET1K_V1"
     model = build_model("squeezenet1_1", num_classes=1000, weights=weights)
     assert torch.equal(model.state_dict()["classifier.1.weight"], full["classifier.1.weight"])
-    with pytest.raises(WeightsError, match=r"trained for 1000 classes, the network has 5.*new_class"):
+    with pytest.raises(WeightsError, match=r"trained for 1000 classes, .* has 5.*new_class"):
         build_model("squeezenet1_1", num_classes=5, weights=weights)
     model = build_model("squeezenet1_1", num_classes=5, weights=weights, new_classifier=True)
     assert model.state_dict()["classifier.1.weight"].shape[0] == 5

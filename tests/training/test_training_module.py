@@ -112,6 +112,7 @@ def test_teacher_is_used_but_not_kept(tmp_path):
     fit.fit(module, datamodule=Digits(batch_size=8))
     assert fingerprint(teacher) == before
     assert not teacher.training
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
     fit.save_checkpoint(tmp_path / "last.ckpt")
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert set(checkpoint["state_dict"]) == set(module.state_dict())
