@@ -1,5 +1,6 @@
 """The main job: dense training, gradual pruning, export, verification and the closing report.
 
-`job.run_job` is all of it; `stages` trains, `measure` counts and times, `folders` knows what lies
+`entry.run_job` and `job.run` are all of it; `export_job.run` is the export by itself. `source`
+finds what is exported, `stages` trains, `measure` counts and times, `folders` knows what lies
 where, `progress` and `console` are what a person sees.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,30 +15,21 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from blocksparse.format import read
+from blocksparse.pipeline.export_job import run
 from blocksparse.training import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {"name": "resnet8", "widths": [8, 16, 16]}
 
 
-@pytest.fixture(scope="module")
-def script():
-    """Import ``export.py`` as a module."""
-    spec = importlib.util.spec_from_file_location("export_script", ROOT / "export.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def export(script, tmp_path, monkeypatch):
+def export(tmp_path, monkeypatch):
     """Call ``export.py`` with command-line overrides, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def call(*overrides: str):
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            return script.run(compose("export", [*overrides, "export.images=3"]))
+            return run(compose("export", [*overrides, "export.images=3"]))
 
     return call
 
@@ -175,7 +165,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("overrides", "message"), ERRORS.values(), ids=ERRORS)
-def test_errors_say_what_is_there(script, tmp_path, monkeypatch, overrides, message):
+def test_errors_say_what_is_there(tmp_path, monkeypatch, overrides, message):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "whole")
     make_run(tmp_path / "half")
@@ -184,7 +174,7 @@ def test_errors_say_what_is_there(script, tmp_path, monkeypatch, overrides, mess
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("export", overrides)
     with pytest.raises((ValueError, OSError), match=message):
-        script.run(cfg)
+        run(cfg)
     assert not list(tmp_path.rglob("*.bsr.safetensors*"))
 
 
