@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +11,7 @@ import numpy.typing as npt
 from blocksparse.format import BsrWeight, Model, NMWeight, Node, Weight
 
 from .explain import LayerChoice
+from .helpers import Helpers
 from .kernels import program, records
 from .kernels.target import describe, host
 from .plan import Plan, bind
@@ -61,9 +60,7 @@ class CompiledEngine:
         self._ready: OrderedDict[int, _Ready] = OrderedDict()
         self._lock = threading.Lock()
         self._binding = threading.Lock()
-        self._helpers: ThreadPoolExecutor | None = None
-        self._helper_count = 0
-        self._process = os.getpid()
+        self._helpers = Helpers()
 
     def __str__(self) -> str:
         return f"compiled engine: {describe(self.target)}"
@@ -110,7 +107,7 @@ class CompiledEngine:
             plan.records, plan.integers, plan.vectors, memory.values, memory.values.ctypes.data,
             memory.counters.ctypes.data, images.reshape(-1), output.reshape(-1), batch,
         )  # fmt: skip
-        helpers = self._start(threads - 1, arguments)
+        helpers = self._helpers.start(threads - 1, program.run, *arguments)
         try:
             program.run(*arguments)
         finally:
@@ -127,9 +124,7 @@ class CompiledEngine:
         """Drop plans and memory, end the helper threads."""
         with self._lock:
             self._ready.clear()
-            helpers, self._helpers, self._helper_count = self._helpers, None, 0
-        if helpers is not None:
-            helpers.shutdown()
+        self._helpers.close()
 
     def _plan(self, batch: int) -> _Ready:
         ready = self._look_up(batch)
@@ -149,21 +144,6 @@ class CompiledEngine:
             if batch in self._ready:
                 self._ready.move_to_end(batch)
             return self._ready.get(batch)
-
-    def _start(self, count: int, arguments: tuple) -> list[Future[None]]:
-        if count == 0:
-            return []
-        with self._lock:
-            if self._process != os.getpid():  # threads do not survive a fork
-                self._helpers, self._helper_count, self._process = None, 0, os.getpid()
-            if self._helper_count < count:
-                # the old pool finishes what it has; its threads end when they are idle
-                if self._helpers is not None:
-                    self._helpers.shutdown(wait=False)
-                self._helpers = ThreadPoolExecutor(count, thread_name_prefix="blocksparse")
-                self._helper_count = count
-            assert self._helpers is not None
-            return [self._helpers.submit(program.run, *arguments) for _ in range(count)]
 
 
 def _choice(node: Node, steps: list[Step], weight: Weight | None) -> tuple[str, str]:

@@ -60,12 +60,32 @@ expected = network(x)
 child = os.fork()
 if child == 0:
     same = all(np.array_equal(network(x), expected) for _ in range(50))
-    left = network.engine._helpers._work_queue.qsize()  # a pool without threads would keep them all
+    # a pool without threads would keep every call
+    left = network.engine._helpers._pool._work_queue.qsize()
     os._exit(0 if same and left < 5 else 3)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(path)], timeout=120)
     assert done.returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_helpers_keep_off_the_callers_core(model):
+    network = load(model, threads=2)
+    before = os.sched_getaffinity(0)
+    x = randoms(1, 16, 24, 24)
+    expected = network(x)
+    try:
+        for core in sorted(before)[:2]:
+            os.sched_setaffinity(0, {core})  # the caller is here, and nowhere else
+            os.sched_setaffinity(0, before)
+            np.testing.assert_array_equal(network(x), expected)
+            (helper,) = network.engine._helpers._threads
+            assert len(os.sched_getaffinity(helper)) == len(before) - 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert os.sched_getaffinity(0) == before
 
 
 def test_threads_are_settable_and_checked(model):
