@@ -35,8 +35,6 @@ class Plan:
 
     Parameters
     ----------
-    batch : int
-        Images.
     records : ndarray of int64, shape (steps, records.FIELDS)
         The program.
     integers : ndarray of int64, 1-D
@@ -49,7 +47,6 @@ class Plan:
         Arrays whose addresses stand in the records; they must live as long as the plan.
     """
 
-    batch: int
     records: Record
     integers: npt.NDArray[np.int64]
     vectors: npt.NDArray[np.float32]
@@ -118,7 +115,7 @@ class _Binding:
             record[records.OTHER] = -1
             fill[step.op](record, step)
         integers, vectors = self.tables.joined()
-        return Plan(self.batch, table, integers, vectors, self.floats, self.tables.kept)
+        return Plan(table, integers, vectors, self.floats, self.tables.kept)
 
     def _memory(self) -> tuple[dict[str, int], int]:
         lives: dict[str, Lifetime] = {}

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from .writer import F32, FLOAT_BYTES, I32, I64, Writer, index_bits
+from blocksparse.format.weights import index_bits
+
+from .writer import F32, FLOAT_BYTES, I32, I64, Writer
 
 
 class SparseLinear(Writer):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
+from blocksparse.format.weights import index_bits
+
 I8 = ir.IntType(8)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
@@ -49,11 +51,6 @@ class Kernel:
         else:
             block = f"bsr{self.rows}x{self.columns}"
         return f"f32_{block}_{op}_{'v' if op == 'conv' else 't'}{self.width}"
-
-
-def index_bits(m: int) -> int:
-    """Bits of one packed N:M index: the smallest of 1, 2, 4, 8 that holds 0..m-1."""
-    return next(bits for bits in (1, 2, 4, 8) if m <= 1 << bits)
 
 
 class Writer:
