@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,30 @@ PLANS = 4
 """Batch sizes kept ready; the one used longest ago is dropped."""
 
 _CACHE_LINE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Where the time of one call went.
+
+    Parameters
+    ----------
+    steps : list of Step
+        What ran, in order.
+    step_ns : ndarray of int64, shape (steps,)
+        Nanoseconds from the end of the step before to the end of this one, as the calling thread
+        saw it, waiting for other threads included.
+    busy_ns : ndarray of int64, shape (threads, steps)
+        Nanoseconds each thread worked on the step; the calling thread comes first. A helper that
+        came late or never has zeros.
+    """
+
+    steps: list[Step]
+    step_ns: npt.NDArray[np.int64]
+    busy_ns: npt.NDArray[np.int64]
+
+
+_UNTIMED = np.zeros((0, 2), np.int64)
 
 
 class _Memory:
@@ -93,6 +119,30 @@ class CompiledEngine:
         -------
         ndarray of float32, shape (N, classes)
         """
+        return self._run(x, threads, [_UNTIMED] * threads)
+
+    def timed_run(
+        self, x: npt.NDArray[np.float32], threads: int
+    ) -> tuple[npt.NDArray[np.float32], Trace]:
+        """Run a batch and say where the time went; the parameters are those of `run`.
+
+        Raises
+        ------
+        RuntimeError
+            On systems without a POSIX clock, where compiled code cannot tell the time.
+        """
+        if not hasattr(time, "CLOCK_MONOTONIC"):
+            raise RuntimeError("steps cannot be timed here: the system has no POSIX clock")
+        times = [np.zeros((len(self.steps.steps) + 1, 2), np.int64) for _ in range(threads)]
+        output = self._run(x, threads, times)
+        done = np.stack(times)
+        began = done[:, :-1, 1]
+        busy = np.where(done[:, 1:, 0] > 0, done[:, 1:, 0] - began, 0)
+        return output, Trace(self.steps.steps, np.diff(done[0, :, 1]), busy)
+
+    def _run(
+        self, x: npt.NDArray[np.float32], threads: int, times: list[npt.NDArray[np.int64]]
+    ) -> npt.NDArray[np.float32]:
         batch = len(x)
         ready = self._plan(batch)
         with self._lock:
@@ -107,9 +157,9 @@ class CompiledEngine:
             plan.records, plan.integers, plan.vectors, memory.values, memory.values.ctypes.data,
             memory.counters.ctypes.data, images.reshape(-1), output.reshape(-1), batch,
         )  # fmt: skip
-        helpers = self._helpers.start(threads - 1, program.run, *arguments)
+        helpers = self._helpers.start(program.run, [(*arguments, each) for each in times[1:]])
         try:
-            program.run(*arguments)
+            program.run(*arguments, times[0])
         finally:
             # A helper that has not started is not needed any more; one that has is about to end,
             # and must have left memory and counters before they are used again or given back.

@@ -24,21 +24,22 @@ class Helpers:
         self._avoided: tuple[int, int] | None = None
         self._process = os.getpid()
 
-    def start(self, count: int, work: Callable[..., None], *arguments: Any) -> list[Future[None]]:
-        """Let `count` threads do `work`; some may start late, or be cancelled before they start.
+    def start(self, work: Callable[..., None], calls: list[tuple[Any, ...]]) -> list[Future[None]]:
+        """Let threads do `work`; some may start late, or be cancelled before they start.
 
         Parameters
         ----------
-        count : int
-            Threads besides the caller's.
         work : callable
-            Called as ``work(*arguments)`` by each.
+            Called once by each thread.
+        calls : list of tuple
+            Its arguments, for each thread besides the caller's.
 
         Returns
         -------
         list of Future
             One per thread.
         """
+        count = len(calls)
         if count < 1:
             return []
         with self._lock:
@@ -56,7 +57,7 @@ class Helpers:
                 self._count = count
             assert self._pool is not None
             self._keep_off(_core())
-            return [self._pool.submit(work, *arguments) for _ in range(count)]
+            return [self._pool.submit(work, *arguments) for arguments in calls]
 
     def close(self) -> None:
         """End the threads; the next call of `start` makes new ones."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -263,3 +265,24 @@ def test_too_large_a_batch_says_so():
     network = load(b.model(), engine="compiled")
     with pytest.raises(ValueError, match="smaller batches"):
         network.engine._plan(3000)
+
+
+def test_timed_run_says_where_the_time_went():
+    b = Builder((8, 40, 40))
+    x = b.conv("x", 32)
+    b.conv(x, 8, seed=1)
+    network = load(b.model(), engine="compiled", threads=2)
+    images = randoms(2, *network.input_shape, seed=3)
+    started = time.perf_counter_ns()
+    output, trace = network.engine.timed_run(images, 2)
+    elapsed = time.perf_counter_ns() - started
+    np.testing.assert_array_equal(output, network(images))
+    assert trace.steps == network.engine.steps.steps
+    assert trace.step_ns.shape == (len(trace.steps),)
+    assert trace.busy_ns.shape == (2, len(trace.steps))
+    assert (trace.step_ns > 0).all()
+    assert trace.step_ns.sum() < elapsed
+    assert (trace.busy_ns[0] <= trace.step_ns).all()
+    assert (trace.busy_ns >= 0).all()
+    # the convolution of the larger plane takes most of the work
+    assert trace.steps[int(trace.busy_ns.sum(axis=0).argmax())].packed is not None

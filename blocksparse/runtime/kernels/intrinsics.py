@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from typing import Any
 
 from llvmlite import ir
@@ -81,6 +82,27 @@ def give_way(typing_context: Any) -> Any:
         if os.name == "posix":
             builder.call(_declare(builder.module, "sched_yield", ir.FunctionType(_I32, [])), [])
         return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def now(typing_context: Any) -> Any:
+    """Return nanoseconds of the monotonic clock, 0 where the system has no POSIX clock."""
+    signature = types.int64()
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        if os.name != "posix":
+            return _I64(0)
+        spec = ir.ArrayType(_I64, 2)  # struct timespec of 64-bit systems: seconds, nanoseconds
+        with builder.goto_entry_block():
+            at = builder.alloca(spec)
+        kind = ir.FunctionType(_I32, [_I32, spec.as_pointer()])
+        clock = _declare(builder.module, "clock_gettime", kind)
+        builder.call(clock, [_I32(time.CLOCK_MONOTONIC), at])
+        value = builder.load(at)
+        seconds, rest = builder.extract_value(value, 0), builder.extract_value(value, 1)
+        return builder.add(builder.mul(seconds, _I64(10**9)), rest)
 
     return signature, codegen
 
