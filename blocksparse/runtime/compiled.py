@@ -53,6 +53,7 @@ class _Memory:
     """What one call writes to: values and counters. Calls at the same time have one each."""
 
     def __init__(self, plan: Plan) -> None:
+        self.scratch: list[npt.NDArray[np.float32]] = []
         # zeroed once: lanes beyond an image are computed on, and must not hold signalling garbage
         raw = np.zeros(plan.floats + _CACHE_LINE // 4, np.float32)
         skip = -raw.ctypes.data % _CACHE_LINE // 4
@@ -60,6 +61,13 @@ class _Memory:
         counters = np.zeros(plan.counters + _CACHE_LINE // 8, np.int64)
         skip = -counters.ctypes.data % _CACHE_LINE // 8
         self.counters = counters[skip : skip + plan.counters]
+
+    def scratch_for(self, thread: int, nbytes: int) -> int:
+        """Address of the scratch memory of a thread."""
+        while len(self.scratch) <= thread:
+            self.scratch.append(np.zeros(nbytes // 4 + _CACHE_LINE // 4, np.float32))
+        address = int(self.scratch[thread].ctypes.data)
+        return address + -address % _CACHE_LINE
 
 
 class _Ready:
@@ -157,9 +165,13 @@ class CompiledEngine:
             plan.records, plan.integers, plan.vectors, memory.values, memory.values.ctypes.data,
             memory.counters.ctypes.data, images.reshape(-1), output.reshape(-1), batch,
         )  # fmt: skip
-        helpers = self._helpers.start(program.run, [(*arguments, each) for each in times[1:]])
+        calls = [
+            (*arguments, each, i, threads, memory.scratch_for(i, plan.scratch))
+            for i, each in enumerate(times)
+        ]
+        helpers = self._helpers.start(program.run, calls[1:])
         try:
-            program.run(*arguments, times[0])
+            program.run(*calls[0])
         finally:
             # A helper that has not started is not needed any more; one that has is about to end,
             # and must have left memory and counters before they are used again or given back.

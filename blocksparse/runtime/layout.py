@@ -60,8 +60,7 @@ class Frame:
     def channel(self, batch: int) -> int:
         """Floats from one channel to the next at a batch size."""
         stride = self.lead + round_up(batch * self.image, ALIGN) + round_up(self.margin, ALIGN)
-        # An odd number of cache lines spreads the channels over all sets of the cache.
-        return stride if stride // ALIGN % 2 else stride + ALIGN
+        return odd_lines(stride)
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,12 @@ class Layout:
 def round_up(count: int, multiple: int) -> int:
     """Round up to a multiple."""
     return -(-count // multiple) * multiple
+
+
+def odd_lines(count: int) -> int:
+    """Round floats up to an odd number of cache lines: spreads channels over all sets of a cache."""
+    count = round_up(count, ALIGN)
+    return count if count // ALIGN % 2 else count + ALIGN
 
 
 def frames(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Frame]:

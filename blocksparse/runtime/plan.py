@@ -19,7 +19,7 @@ from .kernels import program, records
 from .kernels.target import Target
 from .layout import Layout
 from .memory import Lifetime, assign
-from .products import fill_conv, fill_linear
+from .products import fill_conv, fill_linear, fill_winograd
 from .steps import Step, Steps, kernel_size
 from .tables import Tables
 
@@ -43,6 +43,8 @@ class Plan:
         Scales and shifts.
     floats : int
         Size of the memory that holds all values.
+    scratch : int
+        Bytes of scratch memory that every thread needs.
     kept : list of ndarray
         Arrays whose addresses stand in the records; they must live as long as the plan.
     """
@@ -51,6 +53,7 @@ class Plan:
     integers: npt.NDArray[np.int64]
     vectors: npt.NDArray[np.float32]
     floats: int
+    scratch: int
     kept: list[npt.NDArray]
 
     @property
@@ -85,6 +88,7 @@ class _Binding:
     def __init__(self, model: Model, steps: Steps, target: Target, batch: int) -> None:
         self.model, self.steps, self.target, self.batch = model, steps, target, batch
         self.tables = Tables()
+        self.scratch = 64
         self.bases, floats = self._memory()
         # The last vector and kernel positions reach beyond the last pixel of the last channel.
         widest = max((frame.image for frame in steps.frames.values()), default=0)
@@ -101,6 +105,7 @@ class _Binding:
         fill: dict[int, Callable[[Record, Step], None]] = {
             records.CONV: self._product,
             records.CONV_NM: self._product,
+            records.WINOGRAD: self._product,
             records.LINEAR: self._product,
             records.LINEAR_NM: self._product,
             records.POOL: self._pool,
@@ -115,7 +120,7 @@ class _Binding:
             record[records.OTHER] = -1
             fill[step.op](record, step)
         integers, vectors = self.tables.joined()
-        return Plan(table, integers, vectors, self.floats, self.tables.kept)
+        return Plan(table, integers, vectors, self.floats, self.scratch, self.tables.kept)
 
     def _memory(self) -> tuple[dict[str, int], int]:
         lives: dict[str, Lifetime] = {}
@@ -217,6 +222,11 @@ class _Binding:
             bias = np.zeros(self.model.weights[name].shape[0], np.float32)
         if step.op in (records.LINEAR, records.LINEAR_NM):
             fill_linear(record, step, step.packed, bias, self.target, self.tables)
+        elif step.op == records.WINOGRAD:
+            needed = fill_winograd(
+                record, step, step.packed, bias, self.target, self.tables, output, self.batch
+            )
+            self.scratch = max(self.scratch, needed)
         else:
             kernel = kernel_size(self.model, step.node)
             fill_conv(

@@ -14,6 +14,8 @@ from blocksparse.format import Node
 from . import layout
 from .kernels import objects, records
 from .kernels.target import Target
+from .kernels.winograd import HEADER
+from .kernels.winograd_matrices import OUTPUTS, PLANES
 from .kernels.writer import Kernel
 from .layout import Layout
 from .prepack import Packed
@@ -23,8 +25,12 @@ from .tables import Tables
 PANEL_BYTES = 256 * 1024
 """Input of one panel of pixels: a quarter of a common second-level cache; weights pass by it."""
 
+SPLIT = 1
+LEAST = 2
 ITEMS = 16
 """Work items that a large step is cut into: enough for a few threads to finish together."""
+
+BAND_BYTES = 768 * 1024
 
 BOUNDS = {"none": (-inf, inf), "relu": (0.0, inf), "relu6": (0.0, 6.0)}
 """The activations in `steps.CLAMPS`, as the bounds they clamp to."""
@@ -32,6 +38,7 @@ BOUNDS = {"none": (-inf, inf), "relu": (0.0, inf), "relu6": (0.0, 6.0)}
 KERNELS: dict[int, tuple[str, tuple[int, ...]]] = {
     records.CONV: ("sparse_conv", (1, 2, 3)),
     records.CONV_NM: ("nm_conv", (1, 2, 4, 8)),
+    records.WINOGRAD: ("sparse_product", (1, 2, 3)),
     records.LINEAR: ("sparse_linear", (1, 2, 4)),
     records.LINEAR_NM: ("nm_linear", (1, 2, 4)),
 }
@@ -80,6 +87,10 @@ def fill_conv(
     channels = source.channels // planes
     panel = max(1, PANEL_BYTES // (4 * lanes * channels * widest)) * widest
     panels = -(-vectors // panel)
+    nbytes = packed.values.nbytes
+    values = channels * vectors * lanes * 4
+    if nbytes <= SPLIT * values:
+        panels = max(panels, min(LEAST, vectors))
     panel = -(-vectors // panels)
     panels = -(-vectors // panel)
     record[records.VECTORS] = vectors
@@ -88,6 +99,59 @@ def fill_conv(
     record[records.MASK] = tables.address(pixel_mask(output, batch, lanes))
     parts = _fill(record, step, packed, offsets, bias, target, tables, -(-ITEMS // panels))
     record[records.ITEMS] = panels * parts
+
+
+def fill_winograd(
+    record: npt.NDArray[np.int64],
+    step: Step,
+    packed: Packed,
+    bias: npt.NDArray[np.float32],
+    target: Target,
+    tables: Tables,
+    output: Layout,
+    batch: int,
+) -> int:
+    """Fill the record of a Winograd convolution; return the bytes of scratch memory it needs."""
+    lanes, row = target.lanes, output.row
+    channels = int(record[records.SOURCE + 4])
+    per_image = -(-output.height // OUTPUTS)
+    rows = batch * per_image
+    band = max(1, BAND_BYTES // (4 * PLANES * channels * row))
+    bands = -(-rows // band)
+    if packed.values.nbytes <= SPLIT * channels * rows * OUTPUTS * row * 4:
+        bands = max(bands, min(LEAST, rows))
+    if bands % LEAST and bands > 1:
+        bands = min(bands + 1, rows)
+    band = -(-rows // bands)
+    bands = -(-rows // band)
+    # the zeros left of the first row, the band, and what its last vector reads beyond
+    vectors = -(-band * row // lanes)
+    line = layout.odd_lines(lanes + (vectors + 1) * lanes + step.node.attrs["dilation"][1] * 16)
+    sums = layout.odd_lines(vectors * lanes + lanes)
+    record[records.TILE_ROWS_ALL] = rows
+    record[records.BAND] = band
+    record[records.TILE_ROWS_IMAGE] = per_image
+    record[records.LANES] = lanes
+    record[records.PAD_TOP] = step.node.attrs["padding"][0]
+    record[records.PLANE_CHANNEL] = line
+    plane = layout.odd_lines(channels * line)
+    record[records.PLANE] = plane
+    record[records.SUMS_ROW] = sums
+    record[records.SUMS_PLANE] = packed.rows * sums
+    record[records.STEP_BYTES] = 4 * packed.rows * packed.columns
+    record[records.INPUT_KERNEL] = objects.address(Kernel("winograd_input"), target)
+    record[records.OUTPUT_KERNEL] = objects.address(Kernel("winograd_output"), target)
+    columns = np.arange(layout.round_up(row, lanes))
+    record[records.INSIDE] = tables.address(_bits(columns < output.width, lanes))
+    record[records.WITHIN] = tables.address(_bits(columns < row, lanes))
+    record[records.ZEROS] = tables.address(np.zeros(len(columns), np.float32))
+    offsets = packed.channels.astype(np.int64) * line - step.node.attrs["padding"][1]
+    offsets += packed.positions * step.node.attrs["dilation"][1]
+    parts = _fill(
+        record, step, packed, offsets.astype(np.int32), bias, target, tables, -(-ITEMS // bands)
+    )
+    record[records.ITEMS] = bands * parts
+    return HEADER + 4 * PLANES * (plane + packed.rows * sums)
 
 
 def conv_offsets(
@@ -152,7 +216,11 @@ def pixel_mask(where: Layout, batch: int, lanes: int) -> npt.NDArray[np.uint8]:
     inside = (
         (place < run) & (within // where.row < where.height) & (within % where.row < where.width)
     )
-    return np.packbits(inside.reshape(-1, lanes), axis=1, bitorder="little").reshape(-1)
+    return _bits(inside, lanes)
+
+
+def _bits(flags: npt.NDArray[np.bool_], lanes: int) -> npt.NDArray[np.uint8]:
+    return np.packbits(flags.reshape(-1, lanes), axis=1, bitorder="little").reshape(-1)
 
 
 def balanced(work: list[int], parts: int) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from blocksparse.format import Model, NMWeight, Node
 
-from . import layout
+from . import layout, winograd
 from .kernels import records
 from .kernels.target import Target
 from .prepack import Packed, pack
@@ -169,6 +169,14 @@ class _Lowering:
         if isinstance(weight, NMWeight):
             op = {records.CONV: records.CONV_NM, records.LINEAR: records.LINEAR_NM}[op]
         packed = pack(weight, groups, self.target)
+        if op == records.CONV and winograd.applies(
+            node, kernel_size(self.model, node), self.target
+        ):
+            planes = winograd.transform(packed, kernel_size(self.model, node)[1])
+            geometry = winograd.Geometry(node.shape[1], self.frames[node.name].row)
+            channels = self.shapes[source][0]
+            if winograd.pays(packed, planes, channels, geometry, self.target.lanes):
+                op, packed = records.WINOGRAD, planes
         activation = node.attrs["activation"]
         fused = activation if activation in CLAMPS else "none"
         self._emit(op, node, source, node.name, other, packed, activation=fused)

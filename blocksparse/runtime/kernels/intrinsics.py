@@ -44,6 +44,19 @@ def fetch_add(typing_context: Any, address: Any, amount: Any) -> Any:
 
 
 @intrinsic
+def store(typing_context: Any, address: Any, value: Any) -> Any:
+    """Write the 64-bit integer at ``address``."""
+    signature = types.void(address, types.int64)
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        pointer = builder.inttoptr(values[0], _I64.as_pointer())
+        builder.store(values[1], pointer, align=4)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
 def load_acquire(typing_context: Any, address: Any) -> Any:
     """Read the 64-bit integer at ``address``, ordered before everything that follows."""
     signature = types.int64(address)

@@ -9,6 +9,8 @@ is broadcast against it, and a zero weight skips the multiplication altogether.
   planar input.
 - ``nm_conv``: one output channel by many vectors of pixels, over N:M groups whose indices stay
   packed bits.
+- ``sparse_product``: the same without bias, clamp and padding, between ``winograd_input`` and
+  ``winograd_output``.
 - ``sparse_linear`` and ``nm_linear``: a linear layer has one pixel an image, so vectors run over
   output features instead; packed N:M has one output feature at a time and is a scalar product.
 
@@ -21,17 +23,21 @@ from __future__ import annotations
 from llvmlite import ir
 
 from .feature import NMLinear, SparseLinear
-from .pixel import NMConv, SparseConv
+from .pixel import NMConv, SparseConv, SparseProduct
 from .target import Target
-from .writer import Kernel
+from .transforms import WinogradInput, WinogradOutput
+from .writer import Kernel, Writer
 
 __all__ = ["Kernel", "write"]
 
-_WRITERS: dict[str, type[SparseConv | NMConv | SparseLinear | NMLinear]] = {
+_WRITERS: dict[str, type[Writer]] = {
     "sparse_conv": SparseConv,
+    "sparse_product": SparseProduct,
     "nm_conv": NMConv,
     "sparse_linear": SparseLinear,
     "nm_linear": NMLinear,
+    "winograd_input": WinogradInput,
+    "winograd_output": WinogradOutput,
 }
 
 

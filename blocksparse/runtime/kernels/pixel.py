@@ -100,6 +100,27 @@ class SparseConv(PixelWriter):
         self.finish(tile)
 
 
+class SparseProduct(SparseConv):
+    """The same sums without an epilogue: what stands between Winograd's transforms."""
+
+    arguments = ("x", "w", "offsets", "count", "x_stride", "y", "y_stride")
+
+    def bias_tile(self) -> list[ir.Value]:
+        """Accumulators [R * V], all zero."""
+        zero = ir.Constant(self.vector, None)
+        return [zero] * (self.kernel.rows * self.kernel.width)
+
+    def finish(self, tile: list[ir.Value]) -> None:
+        """Store all rows of the tile."""
+        b, width = self.builder, self.kernel.width
+        at = self.arg["y"]
+        for r in range(self.kernel.rows):
+            for v in range(width):
+                self.store(tile[r * width + v], self.step(at, v * self.lanes * FLOAT_BYTES))
+            at = b.add(at, self.arg["y_stride"])
+        b.ret_void()
+
+
 class NMConv(PixelWriter):
     """Groups of one output channel against V vectors of pixels."""
 

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 from numba import njit
 
 # What runs
-LOAD, STORE, COPY, CONV, CONV_NM, LINEAR, LINEAR_NM, POOL, ADAPTIVE_POOL, ELEMENTWISE = range(10)
+LOAD, STORE, COPY, CONV, CONV_NM, LINEAR, LINEAR_NM, POOL, ADAPTIVE_POOL, ELEMENTWISE, WINOGRAD = (
+    range(11)
+)
 
 # Columns shared by all steps
 OP, ITEMS = 0, 1
@@ -30,6 +32,19 @@ VECTORS, PANEL = 7, 8  # vectors of a channel, and of one panel
 TILES, PARTS = 9, 10  # place of the row tiles and of the part boundaries in the tables
 PARTS_COUNT = 11
 BIAS, BOUNDS, MASK, LANES = 13, 14, 15, 16
+
+# Winograd convolutions, besides KERNELS, LANES, TILES, PARTS, BIAS and BOUNDS; distances in floats
+TILE_ROWS_ALL, BAND, TILE_ROWS_IMAGE = 7, 8, 12  # tile rows: of the batch, of a band, of an image
+INPUT_KERNEL, OUTPUT_KERNEL = 17, 18
+INSIDE, WITHIN, ZEROS = (
+    19,
+    20,
+    21,
+)  # addresses: pixels of an image row, all of a row, a row of zeros
+PAD_TOP = 22
+PLANE, PLANE_CHANNEL = 23, 24  # from one plane of transformed input, and its channels, to the next
+SUMS_PLANE, SUMS_ROW = 25, 26  # the same for the products of one row tile
+STEP_BYTES = 27  # weights of one kernel step
 
 # A row tile in the tables
 TILE_FIRST, TILE_ROWS, TILE_VALUES, TILE_OFFSETS, TILE_COUNT, TILE_INDICES = range(6)

@@ -24,8 +24,9 @@ class Kernel:
 
     Parameters
     ----------
-    op : {"sparse_conv", "nm_conv", "sparse_linear", "nm_linear"}
-        Which product.
+    op : {"sparse_conv", "sparse_product", "nm_conv", "sparse_linear", "nm_linear", \
+          "winograd_input", "winograd_output"}
+        Which product or transform; the transforms take no other parameter.
     rows : int
         Output channels in the tile.
     columns : int
@@ -37,20 +38,22 @@ class Kernel:
     """
 
     op: str
-    rows: int
-    columns: int
-    width: int
+    rows: int = 1
+    columns: int = 1
+    width: int = 1
     group: int = 0
 
     @property
     def name(self) -> str:
         """The symbol: dtype, pattern, op, tile."""
         pattern, op = self.op.split("_")
+        if pattern == "winograd":
+            return f"f32_{self.op}"
         if pattern == "nm":
             block = f"nm{self.columns}of{self.group}"
         else:
             block = f"bsr{self.rows}x{self.columns}"
-        return f"f32_{block}_{op}_{'v' if op == 'conv' else 't'}{self.width}"
+        return f"f32_{block}_{op}_{'t' if op == 'linear' else 'v'}{self.width}"
 
 
 class Writer:
@@ -77,6 +80,10 @@ class Writer:
         self.arg = dict(zip(self.arguments, self.function.args, strict=True))
         self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
         self.fmas: dict[ir.Type, ir.Function] = {}
+
+    def write(self) -> None:
+        """Write the function."""
+        raise NotImplementedError
 
     def load(self, kind: ir.Type, address: ir.Value, align: int = FLOAT_BYTES) -> ir.Value:
         """Read a value of a kind at an address."""
