@@ -55,8 +55,9 @@ class _Memory:
     def __init__(self, plan: Plan) -> None:
         self.scratch: list[npt.NDArray[np.float32]] = []
         # zeroed once: lanes beyond an image are computed on, and must not hold signalling garbage
-        raw = np.zeros(plan.floats + _CACHE_LINE // 4, np.float32)
-        skip = -raw.ctypes.data % _CACHE_LINE // 4
+        # a line in front: the left neighbour of the first pixel is read before it is masked
+        raw = np.zeros(plan.floats + 2 * _CACHE_LINE // 4, np.float32)
+        skip = _CACHE_LINE // 4 + -raw.ctypes.data % _CACHE_LINE // 4
         self.values = raw[skip : skip + plan.floats]
         counters = np.zeros(plan.counters + _CACHE_LINE // 8, np.int64)
         skip = -counters.ctypes.data % _CACHE_LINE // 8

@@ -100,7 +100,7 @@ def round_up(count: int, multiple: int) -> int:
 
 
 def odd_lines(count: int) -> int:
-    """Round floats up to an odd number of cache lines: spreads channels over all sets of a cache."""
+    """Round floats up to an odd number of cache lines, so that channels fall into all sets."""
     count = round_up(count, ALIGN)
     return count if count // ALIGN % 2 else count + ALIGN
 

@@ -6,8 +6,9 @@ and kernel positions of prepared weights into offsets in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +16,17 @@ import numpy.typing as npt
 from blocksparse.format import ACTIVATIONS, Model
 
 from . import layout
-from .kernels import program, records
+from .kernels import objects, program, records
 from .kernels.target import Target
+from .kernels.writer import Kernel
 from .layout import Layout
 from .memory import Lifetime, assign
-from .products import fill_conv, fill_linear, fill_winograd
+from .products import ITEMS, fill_conv, fill_linear, fill_winograd, lane_bits
 from .steps import Step, Steps, kernel_size
 from .tables import Tables
+
+FAST_WINDOW = 5
+"""Largest height and width of a pool's window that gets a micro-kernel of its own, written out."""
 
 CHUNK_FLOATS = 32 * 1024
 """Floats of one work item of a step that only moves data."""
@@ -109,7 +114,7 @@ class _Binding:
             records.LINEAR: self._product,
             records.LINEAR_NM: self._product,
             records.POOL: self._pool,
-            records.ADAPTIVE_POOL: self._move,
+            records.ADAPTIVE_POOL: self._adaptive_pool,
             records.ELEMENTWISE: self._elementwise,
             records.COPY: self._copy,
             records.LOAD: self._copy,
@@ -154,17 +159,26 @@ class _Binding:
         )
 
     def _move(self, record: Record, step: Step) -> None:
-        """Fill source and target, and cut the target into chunks of channels."""
+        """Fill source and target, and cut the target into chunks of rows."""
         _put(record, records.SOURCE, self._layout(step.source))
         target = self._layout(step.target)
         _put(record, records.TARGET, target)
-        self._by_channels(record, target)
+        self._by_rows(record, target)
 
-    def _by_channels(self, record: Record, where: Layout) -> None:
-        per_channel = self.batch * where.height * where.width
-        chunk = max(1, min(-(-where.channels // 2), CHUNK_FLOATS // per_channel))
+    def _adaptive_pool(self, record: Record, step: Step) -> None:
+        self._move(record, step)
+        channels = int(record[records.TARGET + 4])
+        record[records.CHUNK] = -(-channels // ITEMS)
+        record[records.ITEMS] = -(-channels // record[records.CHUNK])
+
+    def _by_rows(self, record: Record, where: Layout) -> None:
+        rows = self.batch * where.height
+        items = min(
+            rows, layout.round_up(where.channels * rows * where.width // CHUNK_FLOATS + 1, 2)
+        )
+        chunk = -(-rows // items)
         record[records.CHUNK] = chunk
-        record[records.ITEMS] = -(-where.channels // chunk)
+        record[records.ITEMS] = -(-rows // chunk)
 
     def _copy(self, record: Record, step: Step) -> None:
         shape = self.steps.shapes[step.source]
@@ -181,12 +195,39 @@ class _Binding:
             source, target = _as_row(source), _as_row(target)
         _put(record, records.SOURCE, source)
         _put(record, records.TARGET, target)
-        self._by_channels(record, target)
+        self._by_rows(record, target)
         record[records.SCALE : records.SCALE + 3] = step.details["scale"]
         record[records.SHIFT : records.SHIFT + 3] = step.details["shift"]
         planes = step.details.get("planes", [(0, 0)])
         record[records.PLANES] = len(planes)
         record[records.PLANE_SHIFTS] = self.tables.integers(planes)
+        if step.op == records.COPY and step.details["scale"][2] == 2 and len(shape) == 3:
+            columns = [step.details["shift"][2] + phase for phase in (0, 1)]
+            self._fast(record, Kernel("copy_phases"), source, target, columns, 2)
+
+    def _fast(
+        self,
+        record: Record,
+        kernel: Kernel,
+        source: Layout,
+        target: Layout,
+        columns: list[int],
+        stride: int,
+    ) -> None:
+        """Give a step a micro-kernel that reads input column ``stride * x + c`` for each c."""
+        lanes = self.target.lanes
+        x = np.arange(layout.round_up(target.row, lanes))
+        read = [stride * x + column for column in columns]
+        inside = x < target.width
+        record[records.FAST] = objects.address(kernel, self.target)
+        record[records.LANES] = lanes
+        record[records.ROW_VECTORS] = len(x) // lanes
+        record[records.COLUMN_MASKS] = self.tables.address(
+            lane_bits(np.stack([(c >= 0) & (c < source.width) & inside for c in read]), lanes)
+        )
+        record[records.WITHIN] = self.tables.address(
+            lane_bits(np.stack([x < target.row, inside]), lanes)
+        )
 
     def _pool(self, record: Record, step: Step) -> None:
         self._move(record, step)
@@ -197,6 +238,22 @@ class _Binding:
         record[[records.PAD_H, records.PAD_W]] = attrs["padding"]
         record[[records.DILATION_H, records.DILATION_W]] = attrs.get("dilation", (1, 1))
         record[records.COUNT_PAD] = attrs.get("count_include_pad", False)
+        (height, width), stride, pad = attrs["kernel"], attrs["stride"][1], attrs["padding"][1]
+        if (
+            max(height, width) > FAST_WINDOW
+            or stride > 2
+            or attrs.get("dilation", (1, 1)) != (1, 1)
+        ):
+            return
+        source, target = self._layout(step.source), self._layout(step.target)
+        kind = "pool_max" if step.details["kind"] == records.MAX_POOL else "pool_avg"
+        kernel = Kernel(kind, height, width, stride)
+        self._fast(record, kernel, source, target, [j - pad for j in range(width)], stride)
+        record[records.DIVISORS] = self.tables.address(
+            window_sizes(
+                attrs, source, target, int(record[records.ROW_VECTORS]) * self.target.lanes
+            )
+        )
 
     def _elementwise(self, record: Record, step: Step) -> None:
         self._move(record, step)
@@ -233,6 +290,38 @@ class _Binding:
                 record, step, step.packed, bias, self.target, self.tables, source, output, kernel,
                 self.batch,
             )  # fmt: skip
+
+
+def window_sizes(
+    attrs: Mapping[str, Any], source: Layout, target: Layout, row: int
+) -> npt.NDArray[np.float32]:
+    """Count the pixels that an average pool divides by.
+
+    Parameters
+    ----------
+    attrs : mapping
+        The pool's attributes.
+    source, target : Layout
+        Its input and output.
+    row : int
+        Floats of a row of the result, at least the output's width.
+
+    Returns
+    -------
+    ndarray of float32, shape (H, row)
+        Ones beyond the width.
+    """
+    counts = []
+    for axis, sizes in enumerate(((source.height, target.height), (source.width, target.width))):
+        kernel, stride, pad = (attrs[key][axis] for key in ("kernel", "stride", "padding"))
+        start = np.arange(sizes[1]) * stride - pad
+        if attrs.get("count_include_pad", False):
+            counts.append(np.minimum(start + kernel, sizes[0] + pad) - start)
+        else:
+            counts.append(np.minimum(start + kernel, sizes[0]) - np.maximum(start, 0))
+    result = np.ones((target.height, row), np.float32)
+    result[:, : target.width] = np.outer(*counts)
+    return result
 
 
 def _put(record: Record, at: int, where: Layout) -> None:

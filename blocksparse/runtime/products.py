@@ -142,8 +142,8 @@ def fill_winograd(
     record[records.INPUT_KERNEL] = objects.address(Kernel("winograd_input"), target)
     record[records.OUTPUT_KERNEL] = objects.address(Kernel("winograd_output"), target)
     columns = np.arange(layout.round_up(row, lanes))
-    record[records.INSIDE] = tables.address(_bits(columns < output.width, lanes))
-    record[records.WITHIN] = tables.address(_bits(columns < row, lanes))
+    record[records.INSIDE] = tables.address(lane_bits(columns < output.width, lanes))
+    record[records.WITHIN] = tables.address(lane_bits(columns < row, lanes))
     record[records.ZEROS] = tables.address(np.zeros(len(columns), np.float32))
     offsets = packed.channels.astype(np.int64) * line - step.node.attrs["padding"][1]
     offsets += packed.positions * step.node.attrs["dilation"][1]
@@ -216,10 +216,11 @@ def pixel_mask(where: Layout, batch: int, lanes: int) -> npt.NDArray[np.uint8]:
     inside = (
         (place < run) & (within // where.row < where.height) & (within % where.row < where.width)
     )
-    return _bits(inside, lanes)
+    return lane_bits(inside, lanes)
 
 
-def _bits(flags: npt.NDArray[np.bool_], lanes: int) -> npt.NDArray[np.uint8]:
+def lane_bits(flags: npt.NDArray[np.bool_], lanes: int) -> npt.NDArray[np.uint8]:
+    """Pack flags into masks of one vector each, first flag in the lowest bit, whole bytes."""
     return np.packbits(flags.reshape(-1, lanes), axis=1, bitorder="little").reshape(-1)
 
 

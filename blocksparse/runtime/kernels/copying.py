@@ -11,15 +11,18 @@ from typing import Any
 from numba import njit
 
 from . import records as r
-from .records import view, zero_around
+from .intrinsics import call
+from .records import view, zero_beside
 
 
 @njit(cache=True, nogil=True)
 def copy_item(source: Any, target: Any, step: Any, tables: Any, item: int, batch: int) -> None:
-    """Copy one chunk of output channels."""
+    """Copy one chunk of output rows, all channels."""
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     planes = step[r.PLANES]
-    for channel in range(item * step[r.CHUNK], min(b.channels, (item + 1) * step[r.CHUNK])):
+    first = item * step[r.CHUNK]
+    last = min(batch * b.height, first + step[r.CHUNK])
+    for channel in range(b.channels):
         from_channel = channel // planes * step[r.SCALE] + step[r.SHIFT]
         at = step[r.PLANE_SHIFTS] + 2 * (channel % planes)
         shift_y = step[r.SHIFT + 1] + tables[at]
@@ -29,23 +32,67 @@ def copy_item(source: Any, target: Any, step: Any, tables: Any, item: int, batch
         # output columns whose input column exists
         low = min(b.width, max(0, -(shift_x // scale_x)))
         high = max(low, min(b.width, (a.width - 1 - shift_x) // scale_x + 1))
-        for n in range(batch):
-            for y in range(b.height):
-                row = b.base + channel * b.channel + n * b.image + y * b.row
-                from_y = y * scale_y + shift_y
-                if not inside or from_y < 0 or from_y >= a.height:
-                    target[row : row + b.width] = 0
-                    continue
-                start = a.base + from_channel * a.channel + n * a.image + from_y * a.row + shift_x
-                target[row : row + low] = 0
-                if scale_x == 1:
-                    for x in range(low, high):
-                        target[row + x] = source[start + x]
-                elif scale_x == 2:
-                    for x in range(low, high):
-                        target[row + x] = source[start + 2 * x]
-                else:
-                    for x in range(low, high):
-                        target[row + x] = source[start + scale_x * x]
-                target[row + high : row + b.width] = 0
-        zero_around(target, b, channel, batch)
+        for line in range(first, last):
+            n, y = line // b.height, line % b.height
+            zero_beside(target, b, channel, n, y, batch)
+            row = b.base + channel * b.channel + n * b.image + y * b.row
+            from_y = y * scale_y + shift_y
+            if not inside or from_y < 0 or from_y >= a.height:
+                target[row : row + b.width] = 0
+                continue
+            start = a.base + from_channel * a.channel + n * a.image + from_y * a.row + shift_x
+            target[row : row + low] = 0
+            if scale_x == 1:
+                for x in range(low, high):
+                    target[row + x] = source[start + x]
+            elif scale_x == 2:
+                for x in range(low, high):
+                    target[row + x] = source[start + 2 * x]
+            else:
+                for x in range(low, high):
+                    target[row + x] = source[start + scale_x * x]
+            target[row + high : row + b.width] = 0
+
+
+@njit(cache=True, nogil=True)
+def phases_item(memory: Any, memory_at: int, step: Any, tables: Any, item: int, batch: int) -> None:
+    """Split one chunk of rows into phase planes, for column stride 2."""
+    a, b = view(step, r.SOURCE), view(step, r.TARGET)
+    planes, scale = step[r.PLANES], step[r.SCALE + 1]
+    first = item * step[r.CHUNK]
+    last = min(batch * b.height, first + step[r.CHUNK])
+    channel = 0
+    while channel < b.channels:
+        at = step[r.PLANE_SHIFTS] + 2 * (channel % planes)
+        shift = step[r.SHIFT + 1] + tables[at]
+        pair = channel % planes + 1 < planes and tables[at + 3] == 1  # the odd columns come next
+        line = first
+        while line < last:
+            n, y = line // b.height, line % b.height
+            rows = min(b.height - y, last - line)
+            # output rows whose input row exists
+            low = min(y + rows, max(y, -(shift // scale)))
+            high = max(low, min(y + rows, (a.height - 1 - shift) // scale + 1))
+            to = b.base + channel * b.channel + n * b.image
+            source = a.base + channel // planes * a.channel + n * a.image
+            for plane in range(2 if pair else 1):
+                start = to + plane * b.channel
+                for above in range(y, low):
+                    memory[start + above * b.row : start + (above + 1) * b.row] = 0
+                for below in range(high, y + rows):
+                    memory[start + below * b.row : start + (below + 1) * b.row] = 0
+            even = memory_at + 4 * (to + low * b.row)
+            call(
+                step[r.FAST],
+                (
+                    memory_at + 4 * (source + (low * scale + shift) * a.row + step[r.SHIFT + 2]),
+                    4 * scale * a.row, even, even + 4 * b.channel if pair else 0, 4 * b.row,
+                    step[r.COLUMN_MASKS], step[r.WITHIN], high - low, step[r.ROW_VECTORS],
+                ),
+            )  # fmt: skip
+            for plane in range(2 if pair else 1):
+                for edge in (y, y + rows - 1):
+                    if edge == 0 or edge == b.height - 1:
+                        zero_beside(memory, b, channel + plane, n, edge, batch)
+            line += rows
+        channel += 2 if pair else 1

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from . import records as r
-from .records import view, zero_around
+from .records import view, zero_beside
 
 NONE, RELU, RELU6, SIGMOID, HARDSIGMOID, SILU, HARDSWISH = range(7)
 
@@ -46,38 +46,40 @@ def activate(values: Any, kind: int) -> None:
 
 @njit(cache=True, nogil=True)
 def elementwise_item(memory: Any, step: Any, vectors: Any, item: int, batch: int) -> None:
-    """Compute one chunk of channels; source and target may be the same place."""
+    """Compute one chunk of rows, all channels; source and target may be the same place."""
     a, b, other = view(step, r.SOURCE), view(step, r.TARGET), view(step, r.OTHER)
     function = step[r.FUNCTION]
-    for channel in range(item * step[r.CHUNK], min(b.channels, (item + 1) * step[r.CHUNK])):
-        for n in range(batch):
-            for y in range(b.height):
-                at = b.base + channel * b.channel + n * b.image + y * b.row
-                out = memory[at : at + b.width]
-                at = a.base + channel * a.channel + n * a.image + y * a.row
-                left = memory[at : at + b.width]
-                at = other.base + channel * other.channel + n * other.image
-                if function == r.ADD or function == r.MUL:
-                    right = memory[at + y * other.row : at + y * other.row + b.width]
-                    if function == r.ADD:
-                        for x in range(b.width):
-                            out[x] = left[x] + right[x]
-                    else:
-                        for x in range(b.width):
-                            out[x] = left[x] * right[x]
-                elif function == r.MUL_CHANNEL:
-                    gate = memory[at]
+    first = item * step[r.CHUNK]
+    last = min(batch * b.height, first + step[r.CHUNK])
+    for channel in range(b.channels):
+        for index in range(first, last):
+            n, y = index // b.height, index % b.height
+            zero_beside(memory, b, channel, n, y, batch)
+            at = b.base + channel * b.channel + n * b.image + y * b.row
+            out = memory[at : at + b.width]
+            at = a.base + channel * a.channel + n * a.image + y * a.row
+            left = memory[at : at + b.width]
+            at = other.base + channel * other.channel + n * other.image
+            if function == r.ADD or function == r.MUL:
+                right = memory[at + y * other.row : at + y * other.row + b.width]
+                if function == r.ADD:
                     for x in range(b.width):
-                        out[x] = left[x] * gate
-                elif function == r.AFFINE:
-                    scale, shift = (
-                        vectors[step[r.SCALE_AT] + channel],
-                        vectors[step[r.SHIFT_AT] + channel],
-                    )
-                    for x in range(b.width):
-                        out[x] = left[x] * scale + shift
+                        out[x] = left[x] + right[x]
                 else:
                     for x in range(b.width):
-                        out[x] = left[x]
-                activate(out, step[r.ACTIVATION])
-        zero_around(memory, b, channel, batch)
+                        out[x] = left[x] * right[x]
+            elif function == r.MUL_CHANNEL:
+                gate = memory[at]
+                for x in range(b.width):
+                    out[x] = left[x] * gate
+            elif function == r.AFFINE:
+                scale, shift = (
+                    vectors[step[r.SCALE_AT] + channel],
+                    vectors[step[r.SHIFT_AT] + channel],
+                )
+                for x in range(b.width):
+                    out[x] = left[x] * scale + shift
+            else:
+                for x in range(b.width):
+                    out[x] = left[x]
+            activate(out, step[r.ACTIVATION])

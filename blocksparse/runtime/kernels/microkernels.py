@@ -14,6 +14,9 @@ is broadcast against it, and a zero weight skips the multiplication altogether.
 - ``sparse_linear`` and ``nm_linear``: a linear layer has one pixel an image, so vectors run over
   output features instead; packed N:M has one output feature at a time and is a scalar product.
 
+``copy_phases`` and the pools have no weights; they are here because Numba's loops over the short
+rows of a late layer do not become vector code.
+
 All arguments are 64-bit integers, addresses included, so one Numba intrinsic calls every kernel.
 Strides are in bytes.
 """
@@ -24,6 +27,7 @@ from llvmlite import ir
 
 from .feature import NMLinear, SparseLinear
 from .pixel import NMConv, SparseConv, SparseProduct
+from .planes import PhaseCopy, Pool
 from .target import Target
 from .transforms import WinogradInput, WinogradOutput
 from .writer import Kernel, Writer
@@ -38,6 +42,9 @@ _WRITERS: dict[str, type[Writer]] = {
     "nm_linear": NMLinear,
     "winograd_input": WinogradInput,
     "winograd_output": WinogradOutput,
+    "copy_phases": PhaseCopy,
+    "pool_max": Pool,
+    "pool_avg": Pool,
 }
 
 

@@ -8,7 +8,7 @@ from llvmlite import ir
 
 from blocksparse.format.weights import index_bits
 
-from .writer import F32, FLOAT_BYTES, I8, I32, I64, Writer
+from .writer import F32, FLOAT_BYTES, I32, I64, Writer
 
 
 class PixelWriter(Writer):
@@ -29,13 +29,7 @@ class PixelWriter(Writer):
         b, width = self.builder, self.kernel.width
         done = self.function.append_basic_block("stored")
         has_residual = b.icmp_unsigned("!=", self.arg["residual"], I64(0))
-        bits = ir.IntType(self.lanes) if self.lanes >= 8 else I8
-        masks = []
-        for v in range(width):
-            word = self.load(bits, self.step(self.arg["mask"], v * bits.width // 8), align=1)
-            if bits.width != self.lanes:
-                word = b.trunc(word, ir.IntType(self.lanes))
-            masks.append(b.bitcast(word, ir.VectorType(ir.IntType(1), self.lanes)))
+        masks = [self.mask(self.step(self.arg["mask"], v * self.bit_bytes)) for v in range(width)]
         zero = ir.Constant(self.vector, None)
         for r in range(self.kernel.rows):
             row = self.function.append_basic_block(f"row{r}")
@@ -67,7 +61,7 @@ class PixelWriter(Writer):
 class SparseConv(PixelWriter):
     """Blocks of R output by J input channels against V vectors of pixels."""
 
-    arguments = (
+    arguments: tuple[str, ...] = (
         "x", "w", "offsets", "count", "x_stride", "y", "y_stride", "bias", "residual",
         "residual_stride", "mask", "rows", "bounds",
     )  # fmt: skip

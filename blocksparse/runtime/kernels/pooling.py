@@ -12,12 +12,48 @@ import numpy as np
 from numba import njit
 
 from . import records as r
-from .records import view, zero_around
+from .intrinsics import call
+from .records import view, zero_beside
 
 
 @njit(cache=True, nogil=True)
-def pool_item(memory: Any, step: Any, item: int, batch: int) -> None:
-    """Pool one chunk of channels."""
+def pool_item(memory: Any, memory_at: int, step: Any, item: int, batch: int) -> None:
+    """Pool one chunk of output rows, all channels."""
+    if step[r.FAST]:
+        _pool_fast(memory, memory_at, step, item, batch)
+    else:
+        _pool_any(memory, step, item, batch)
+
+
+@njit(cache=True, nogil=True)
+def _pool_fast(memory: Any, memory_at: int, step: Any, item: int, batch: int) -> None:
+    a, b = view(step, r.SOURCE), view(step, r.TARGET)
+    first = item * step[r.CHUNK]
+    last = min(batch * b.height, first + step[r.CHUNK])
+    for channel in range(b.channels):
+        line = first
+        while line < last:
+            n, y = line // b.height, line % b.height
+            rows = min(b.height - y, last - line)
+            x = memory_at + 4 * (a.base + channel * a.channel + n * a.image - step[r.PAD_W])
+            at = b.base + channel * b.channel + n * b.image + y * b.row
+            call(
+                step[r.FAST],
+                (
+                    x, 4 * a.row, y * step[r.STRIDE_H] - step[r.PAD_H], a.height, step[r.STRIDE_H],
+                    memory_at + 4 * at, 4 * b.row, step[r.COLUMN_MASKS], step[r.WITHIN],
+                    step[r.DIVISORS] + 4 * y * step[r.ROW_VECTORS] * step[r.LANES],
+                    4 * step[r.ROW_VECTORS] * step[r.LANES], rows, step[r.ROW_VECTORS],
+                ),
+            )  # fmt: skip
+            for edge in (y, y + rows - 1):
+                if edge == 0 or edge == b.height - 1:
+                    zero_beside(memory, b, channel, n, edge, batch)
+            line += rows
+
+
+@njit(cache=True, nogil=True)
+def _pool_any(memory: Any, step: Any, item: int, batch: int) -> None:
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     kind, pad_w = step[r.KIND], step[r.PAD_W]
     kernel_h, kernel_w, stride_w = step[r.KERNEL_H], step[r.KERNEL_W], step[r.STRIDE_W]
@@ -26,61 +62,53 @@ def pool_item(memory: Any, step: Any, item: int, batch: int) -> None:
     empty = np.float32(-np.inf) if kind == r.MAX_POOL else np.float32(0)
     line[:] = empty
     pixels = line[pad_w : pad_w + a.width]
-    for channel in range(item * step[r.CHUNK], min(b.channels, (item + 1) * step[r.CHUNK])):
-        for n in range(batch):
+    first = item * step[r.CHUNK]
+    last = min(batch * b.height, first + step[r.CHUNK])
+    for channel in range(b.channels):
+        for index in range(first, last):
+            n, y = index // b.height, index % b.height
+            zero_beside(memory, b, channel, n, y, batch)
             source = a.base + channel * a.channel + n * a.image
             target = b.base + channel * b.channel + n * b.image
-            for y in range(b.height):
-                top = y * step[r.STRIDE_H] - step[r.PAD_H]
-                pixels[:] = empty
-                for i in range(kernel_h):
-                    from_y = top + i * step[r.DILATION_H]
-                    if 0 <= from_y < a.height:
-                        row = memory[source + from_y * a.row : source + from_y * a.row + a.width]
-                        if kind == r.MAX_POOL:
-                            for x in range(a.width):
-                                # a NaN wins, as in PyTorch
-                                if row[x] > pixels[x] or row[x] != row[x]:
-                                    pixels[x] = row[x]
-                        else:
-                            for x in range(a.width):
-                                pixels[x] += row[x]
-                out = memory[target + y * b.row : target + y * b.row + b.width]
-                if kind == r.MAX_POOL:
-                    _max_columns(line, out, kernel_w, stride_w, step[r.DILATION_W])
-                else:
-                    # rows and columns of the window, cut at the padded image or at the image
-                    bottom = top + kernel_h
-                    if step[r.COUNT_PAD]:
-                        rows = min(bottom, a.height + step[r.PAD_H]) - top
+            top = y * step[r.STRIDE_H] - step[r.PAD_H]
+            pixels[:] = empty
+            for i in range(kernel_h):
+                from_y = top + i * step[r.DILATION_H]
+                if 0 <= from_y < a.height:
+                    row = memory[source + from_y * a.row : source + from_y * a.row + a.width]
+                    if kind == r.MAX_POOL:
+                        for x in range(a.width):
+                            # a NaN wins, as in PyTorch
+                            if row[x] > pixels[x] or row[x] != row[x]:
+                                pixels[x] = row[x]
                     else:
-                        rows = min(bottom, a.height) - max(top, 0)
-                    for x in range(b.width):
-                        left = x * stride_w - pad_w
-                        right = left + kernel_w
-                        if step[r.COUNT_PAD]:
-                            columns = min(right, a.width + pad_w) - left
-                        else:
-                            columns = min(right, a.width) - max(left, 0)
-                        total = np.float32(0)
-                        for j in range(kernel_w):
-                            total += line[x * stride_w + j]
-                        out[x] = total / np.float32(rows * columns)
-        zero_around(memory, b, channel, batch)
+                        for x in range(a.width):
+                            pixels[x] += row[x]
+            out = memory[target + y * b.row : target + y * b.row + b.width]
+            if kind == r.MAX_POOL:
+                _max_columns(line, out, kernel_w, stride_w, step[r.DILATION_W])
+            else:
+                # rows and columns of the window, cut at the padded image or at the image
+                bottom = top + kernel_h
+                if step[r.COUNT_PAD]:
+                    rows = min(bottom, a.height + step[r.PAD_H]) - top
+                else:
+                    rows = min(bottom, a.height) - max(top, 0)
+                for x in range(b.width):
+                    left = x * stride_w - pad_w
+                    right = left + kernel_w
+                    if step[r.COUNT_PAD]:
+                        columns = min(right, a.width + pad_w) - left
+                    else:
+                        columns = min(right, a.width) - max(left, 0)
+                    total = np.float32(0)
+                    for j in range(kernel_w):
+                        total += line[x * stride_w + j]
+                    out[x] = total / np.float32(rows * columns)
 
 
 @njit(cache=True, nogil=True)
 def _max_columns(line: Any, out: Any, kernel: int, stride: int, dilation: int) -> None:
-    if kernel == 3 and stride == 2 and dilation == 1:
-        # the usual case, written out: constant bounds let LLVM keep everything in registers
-        for x in range(out.size):
-            best = line[2 * x]
-            for j in range(1, 3):
-                value = line[2 * x + j]
-                if value > best or value != value:
-                    best = value
-            out[x] = best
-        return
     for x in range(out.size):
         best = line[x * stride]
         for j in range(1, kernel):
@@ -98,16 +126,16 @@ def adaptive_pool_item(memory: Any, step: Any, item: int, batch: int) -> None:
     """
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     for channel in range(item * step[r.CHUNK], min(b.channels, (item + 1) * step[r.CHUNK])):
-        for n in range(batch):
+        for index in range(batch * b.height):
+            n, y = index // b.height, index % b.height
+            zero_beside(memory, b, channel, n, y, batch)
             source = a.base + channel * a.channel + n * a.image
             target = b.base + channel * b.channel + n * b.image
-            for y in range(b.height):
-                top, bottom = y * a.height // b.height, -(-(y + 1) * a.height // b.height)
-                for x in range(b.width):
-                    left, right = x * a.width // b.width, -(-(x + 1) * a.width // b.width)
-                    total = 0.0  # double: a sum over a whole plane
-                    for i in range(top, bottom):
-                        for j in range(left, right):
-                            total += memory[source + i * a.row + j]
-                    memory[target + y * b.row + x] = total / ((bottom - top) * (right - left))
-        zero_around(memory, b, channel, batch)
+            top, bottom = y * a.height // b.height, -(-(y + 1) * a.height // b.height)
+            for x in range(b.width):
+                left, right = x * a.width // b.width, -(-(x + 1) * a.width // b.width)
+                total = 0.0  # double: a sum over a whole plane
+                for i in range(top, bottom):
+                    for j in range(left, right):
+                        total += memory[source + i * a.row + j]
+                memory[target + y * b.row + x] = total / ((bottom - top) * (right - left))

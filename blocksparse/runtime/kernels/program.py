@@ -20,7 +20,7 @@ from numba import njit
 
 from . import records as r
 from .convolution import conv_item
-from .copying import copy_item
+from .copying import copy_item, phases_item
 from .elementwise import elementwise_item
 from .intrinsics import fetch_add, give_way, load_acquire, now, pause, store
 from .linear import linear_item
@@ -118,11 +118,13 @@ def _run_item(
     elif op == r.LINEAR or op == r.LINEAR_NM:
         linear_item(memory_at, step, tables, item, batch)
     elif op == r.POOL:
-        pool_item(memory, step, item, batch)
+        pool_item(memory, memory_at, step, item, batch)
     elif op == r.ADAPTIVE_POOL:
         adaptive_pool_item(memory, step, item, batch)
     elif op == r.ELEMENTWISE:
         elementwise_item(memory, step, vectors, item, batch)
+    elif op == r.COPY and step[r.FAST]:
+        phases_item(memory, memory_at, step, tables, item, batch)
     elif op == r.COPY:
         copy_item(memory, memory, step, tables, item, batch)
     elif op == r.LOAD:

@@ -17,7 +17,7 @@ LOAD, STORE, COPY, CONV, CONV_NM, LINEAR, LINEAR_NM, POOL, ADAPTIVE_POOL, ELEMEN
 
 # Columns shared by all steps
 OP, ITEMS = 0, 1
-CHUNK = 2  # channels of one work item
+CHUNK = 2  # rows of all images, or channels, that one work item covers
 SOURCE, TARGET = 32, 40  # layouts, 8 columns each
 OTHER = 48  # layout of the residual or second operand; base -1: none
 FIELDS = 56
@@ -56,6 +56,9 @@ KIND, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION
 )
 MAX_POOL, AVG_POOL = 0, 1
 
+# What a pool or copy with a micro-kernel of its own needs besides; 0: it has none
+FAST, COLUMN_MASKS, DIVISORS, ROW_VECTORS = 13, 14, 15, 17  # WITHIN, LANES: as above
+
 # Elementwise
 FUNCTION, ACTIVATION, SCALE_AT, SHIFT_AT = 3, 4, 5, 6  # places of scale and shift in the vectors
 ADD, MUL, MUL_CHANNEL, AFFINE, ACTIVATE = range(5)
@@ -84,19 +87,20 @@ def view(step: Any, at: int) -> View:
 
 
 @njit(cache=True, nogil=True)
-def zero_around(memory: Any, to: View, channel: int, batch: int) -> None:
-    """Zero everything around the pixels of one channel that a convolution could read as padding."""
+def zero_beside(memory: Any, to: View, channel: int, n: int, y: int, batch: int) -> None:
+    """Zero what lies beside row y of image n and that a convolution could read as padding.
+
+    That is everything up to the next row or image, and the margins at both ends of a channel.
+    """
     if to.margin < 0:
         return
     start = to.base + channel * to.channel
-    memory[start - to.margin : start] = 0
-    for n in range(batch):
-        image = start + n * to.image
-        last = n == batch - 1
-        for y in range(to.height):
-            if not (last and y == to.height - 1):
-                memory[image + y * to.row + to.width : image + (y + 1) * to.row] = 0
-        if not last:
-            memory[image + to.height * to.row : image + to.image] = 0
-    end = start + (batch - 1) * to.image + (to.height - 1) * to.row + to.width
-    memory[end : end + to.margin] = 0
+    if n == 0 and y == 0:
+        memory[start - to.margin : start] = 0
+    end = start + n * to.image + y * to.row + to.width
+    if y < to.height - 1:
+        memory[end : end + to.row - to.width] = 0
+    elif n < batch - 1:
+        memory[end : start + (n + 1) * to.image] = 0
+    else:
+        memory[end : end + to.margin] = 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from .winograd_matrices import INPUT, OUTPUT
-from .writer import F32, FLOAT_BYTES, I8, I64, Writer
+from .writer import F32, FLOAT_BYTES, I64, Writer
 
 
 class _Transform(Writer):
@@ -80,7 +80,7 @@ class WinogradOutput(_Transform):
             for _ in INPUT:
                 planes.append(self.load(self.vector, x))
                 x = b.add(x, arg["x_plane"])
-            inside, within = self._mask("inside", bits), self._mask("within", bits)
+            inside, within = (self.mask(b.add(arg[name], bits)) for name in ("inside", "within"))
             y, beside = b.add(arg["y"], at), b.add(arg["residual"], at)
             for i, row in enumerate(OUTPUT):
                 value = b.fadd(self.combine(row, planes), bias)
@@ -93,33 +93,12 @@ class WinogradOutput(_Transform):
                     merged = b.phi(self.vector)
                     merged.add_incoming(value, start)
                     merged.add_incoming(added, end)
-                    self._store_masked(b.select(inside, self.clamp(merged), zero), y, within)
+                    self.store_masked(b.select(inside, self.clamp(merged), zero), y, within)
                 y, beside = b.add(y, arg["y_row"]), b.add(beside, arg["residual_row"])
             return [
                 self.step(at, self.lanes * FLOAT_BYTES),
-                self.step(bits, max(1, self.lanes // 8)),
+                self.step(bits, self.bit_bytes),
             ]
 
         self.loop([I64(0), I64(0)], vector)
         b.ret_void()
-
-    def _mask(self, name: str, at: ir.Value) -> ir.Value:
-        b = self.builder
-        kind = ir.IntType(self.lanes) if self.lanes >= 8 else I8
-        word = self.load(kind, b.add(self.arg[name], at), align=1)
-        if kind.width != self.lanes:
-            word = b.trunc(word, ir.IntType(self.lanes))
-        return b.bitcast(word, ir.VectorType(ir.IntType(1), self.lanes))
-
-    def _store_masked(self, value: ir.Value, address: ir.Value, mask: ir.Value) -> None:
-        # the row after this one belongs to another item, so what lies beyond must not be touched
-        b = self.builder
-        pointer = b.inttoptr(address, self.vector.as_pointer())
-        name = f"llvm.masked.store.v{self.lanes}f32.p0"
-        kind = ir.FunctionType(
-            ir.VoidType(), [self.vector, pointer.type, ir.IntType(32), mask.type]
-        )
-        store = self.function.module.globals.get(name) or ir.Function(
-            self.function.module, kind, name=name
-        )
-        b.call(store, [value, pointer, ir.Constant(ir.IntType(32), FLOAT_BYTES), mask])

@@ -1,9 +1,9 @@
 """The matrices of Winograd's minimal filtering F(4, 3), applied along image columns.
 
 Four outputs of a filter of three taps need six multiplications instead of twelve:
-``y = A (G w * B x)`` with x six inputs, w three weights, ``*`` elementwise (Winograd 1980; Lavin and
-Gray, "Fast Algorithms for Convolutional Neural Networks", 2016). The points are 0, 1, -1, 2, -2 and
-infinity.
+``y = A (G w * B x)`` with x six inputs, w three weights, ``*`` elementwise (Winograd 1980; Lavin
+and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016). The points are 0, 1, -1, 2, -2
+and infinity.
 """
 
 from __future__ import annotations

@@ -25,14 +25,15 @@ class Kernel:
     Parameters
     ----------
     op : {"sparse_conv", "sparse_product", "nm_conv", "sparse_linear", "nm_linear", \
-          "winograd_input", "winograd_output"}
-        Which product or transform; the transforms take no other parameter.
+          "winograd_input", "winograd_output", "copy_phases", "pool_max", "pool_avg"}
+        Which product, transform or move.
     rows : int
-        Output channels in the tile.
+        Output channels in the tile; for a pool the height of its window.
     columns : int
-        Input channels of a block; for N:M the nonzeros kept of each group (n).
+        Input channels of a block; for N:M the nonzeros kept of each group (n); for a pool the width
+        of its window.
     width : int
-        Vectors of pixels, or images for the linear products.
+        Vectors of pixels, or images for the linear products; for a pool its column stride.
     group : int
         For N:M the group length m, else 0.
     """
@@ -47,8 +48,10 @@ class Kernel:
     def name(self) -> str:
         """The symbol: dtype, pattern, op, tile."""
         pattern, op = self.op.split("_")
-        if pattern == "winograd":
+        if pattern in ("winograd", "copy"):
             return f"f32_{self.op}"
+        if pattern == "pool":
+            return f"f32_{self.op}_{self.rows}x{self.columns}s{self.width}"
         if pattern == "nm":
             block = f"nm{self.columns}of{self.group}"
         else:
@@ -128,6 +131,29 @@ class Writer:
         value = b.select(b.fcmp_ordered("<", value, low), low, value)
         return b.select(b.fcmp_ordered(">", value, high), high, value)
 
+    @property
+    def bit_bytes(self) -> int:
+        """Bytes of the mask of one vector."""
+        return max(1, self.lanes // 8)
+
+    def mask(self, address: ir.Value) -> ir.Value:
+        """Read the mask of one vector, first lane in the lowest bit."""
+        b = self.builder
+        kind = ir.IntType(self.lanes) if self.lanes >= 8 else I8
+        word = self.load(kind, address, align=1)
+        if kind.width != self.lanes:
+            word = b.trunc(word, ir.IntType(self.lanes))
+        return b.bitcast(word, ir.VectorType(ir.IntType(1), self.lanes))
+
+    def store_masked(self, value: ir.Value, address: ir.Value, mask: ir.Value) -> None:
+        """Write the lanes of a mask: behind a row may lie what another item writes."""
+        b, module = self.builder, self.function.module
+        pointer = b.inttoptr(address, self.vector.as_pointer())
+        name = f"llvm.masked.store.v{self.lanes}f32.p0"
+        kind = ir.FunctionType(ir.VoidType(), [self.vector, pointer.type, I32, mask.type])
+        function = module.globals.get(name) or ir.Function(module, kind, name=name)
+        b.call(function, [value, pointer, I32(FLOAT_BYTES), mask])
+
     def nm_index(self, bit: ir.Value) -> ir.Value:
         """Read the packed index that starts at a bit of ``indices``."""
         b = self.builder
@@ -136,13 +162,18 @@ class Writer:
         byte = b.zext(self.load(I8, at, align=1), I64)
         return b.and_(b.lshr(byte, b.and_(bit, I64(7))), I64((1 << bits) - 1))
 
-    def loop(self, start: list[ir.Value], body: Body) -> list[ir.Value]:
-        """Run ``body(state) -> state`` ``count`` times, the state carried in registers."""
+    def loop(
+        self, start: list[ir.Value], body: Body, count: ir.Value | None = None
+    ) -> list[ir.Value]:
+        """Run ``body(state) -> state`` ``count`` times, the state carried in registers.
+
+        The count is the argument of that name, unless another is given.
+        """
         b = self.builder
         before = b.block
         head = self.function.append_basic_block("loop")
         after = self.function.append_basic_block("done")
-        count = self.arg["count"]
+        count = self.arg["count"] if count is None else count
         b.cbranch(b.icmp_signed(">", count, I64(0)), head, after)
         b.position_at_end(head)
         left = b.phi(I64)

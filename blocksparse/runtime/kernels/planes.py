@@ -1,0 +1,146 @@
+"""Steps that move or combine whole pixels: pools, and the split into column phases.
+
+Vectors run over the pixels of an output row. With stride 2, two vectors of input are read and
+shuffled apart into even and odd pixels.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from .writer import F32, FLOAT_BYTES, I32, I64, Writer
+
+
+class PlaneWriter(Writer):
+    """Loops over the rows of one channel and the vectors of a row."""
+
+    def columns_of(self, x: ir.Value, stride: int, column: int) -> list[ir.Value]:
+        """Vectors of the pixels ``stride * lane + column``, and of those one pixel on.
+
+        Stride 1 gives one vector, stride 2 the pair.
+        """
+        b, lanes = self.builder, self.lanes
+        first = self.load(self.vector, self.step(x, column * FLOAT_BYTES))
+        if stride == 1:
+            return [first]
+        second = self.load(self.vector, self.step(x, (column + lanes) * FLOAT_BYTES))
+        pair = []
+        for odd in (0, 1):
+            places = [I32(2 * lane + odd) for lane in range(lanes)]
+            mask = ir.Constant(ir.VectorType(I32, lanes), places)
+            pair.append(b.shuffle_vector(first, second, mask))
+        return pair
+
+
+class PhaseCopy(PlaneWriter):
+    """Every second pixel of rows: one or both column phases of a channel."""
+
+    arguments = ("x", "x_row", "even", "odd", "y_row", "masks", "within", "count", "vectors")
+
+    def write(self) -> None:
+        """Write the function."""
+        b, arg = self.builder, self.arg
+        zero = ir.Constant(self.vector, None)
+        size = self.lanes * FLOAT_BYTES
+        # the masks of the odd phase lie behind those of the even one
+        masks_odd = b.add(arg["masks"], b.mul(arg["vectors"], I64(self.bit_bytes)))
+
+        def row(state: list[ir.Value]) -> list[ir.Value]:
+            x, y = state
+
+            def vector(state: list[ir.Value]) -> list[ir.Value]:
+                at, bit = state
+                pair = self.columns_of(b.add(x, b.shl(at, I64(1))), 2, 0)
+                within = self.mask(b.add(arg["within"], bit))
+                for value, masks, phase in zip(
+                    pair, (arg["masks"], masks_odd), ("even", "odd"), strict=True
+                ):
+                    inside = self.mask(b.add(masks, bit))
+                    with b.if_then(b.icmp_unsigned("!=", arg[phase], I64(0))):
+                        to = b.add(b.add(arg[phase], y), at)
+                        self.store_masked(b.select(inside, value, zero), to, within)
+                return [self.step(at, size), self.step(bit, self.bit_bytes)]
+
+            self.loop([I64(0), I64(0)], vector, arg["vectors"])
+            return [b.add(x, arg["x_row"]), b.add(y, arg["y_row"])]
+
+        self.loop([arg["x"], I64(0)], row)
+        b.ret_void()
+
+
+class Pool(PlaneWriter):
+    """Maximum or average over windows of ``rows x columns`` at column stride ``width``.
+
+    The maximum reads rows outside the image as the nearest row inside, which is in the window too;
+    the average takes them as zero. Columns outside are masked.
+    """
+
+    arguments = (
+        "x", "x_row", "top", "height", "stride", "y", "y_row", "masks", "within", "divisors",
+        "divisors_row", "count", "vectors",
+    )  # fmt: skip
+
+    def write(self) -> None:
+        """Write the function."""
+        b, arg, kernel = self.builder, self.arg, self.kernel
+        size = self.lanes * FLOAT_BYTES
+        largest = kernel.op == "pool_max"
+        empty = ir.Constant(self.vector, [ir.Constant(F32, float("-inf"))] * self.lanes)
+        zero = ir.Constant(self.vector, None)
+        per_column = b.mul(arg["vectors"], I64(self.bit_bytes))
+
+        def row(state: list[ir.Value]) -> list[ir.Value]:
+            top, y, divisors = state
+            rows, exist = [], []
+            for i in range(kernel.rows):
+                place = b.add(top, I64(i))
+                below, beyond = (
+                    b.icmp_signed("<", place, I64(0)),
+                    b.icmp_signed(">=", place, arg["height"]),
+                )
+                exist.append(b.not_(b.or_(below, beyond)))
+                place = b.select(below, I64(0), place)
+                place = b.select(beyond, b.sub(arg["height"], I64(1)), place)
+                rows.append(b.add(arg["x"], b.mul(place, arg["x_row"])))
+
+            def vector(state: list[ir.Value]) -> list[ir.Value]:
+                at, bit = state
+                total = empty if largest else zero
+                masks = b.add(arg["masks"], bit)
+                insides = []
+                for _ in range(kernel.columns):
+                    insides.append(self.mask(masks))
+                    masks = b.add(masks, per_column)
+                step = b.mul(at, I64(kernel.width))
+                for x, real in zip(rows, exist, strict=True):
+                    for j in range(0, kernel.columns, kernel.width):
+                        values = self.columns_of(b.add(x, step), kernel.width, j)
+                        for k, value in enumerate(values[: kernel.columns - j]):
+                            value = b.select(insides[j + k], value, empty if largest else zero)
+                            if largest:
+                                total = self._larger(total, value)
+                            else:
+                                total = b.fadd(total, b.select(real, value, zero))
+                if not largest:
+                    total = b.fdiv(total, self.load(self.vector, b.add(divisors, at)))
+                within = b.add(arg["within"], bit)
+                inside = self.mask(b.add(within, per_column))
+                value = b.select(inside, total, zero)
+                self.store_masked(value, b.add(y, at), self.mask(within))
+                return [self.step(at, size), self.step(bit, self.bit_bytes)]
+
+            self.loop([I64(0), I64(0)], vector, arg["vectors"])
+            return [
+                b.add(top, arg["stride"]),
+                b.add(y, arg["y_row"]),
+                b.add(divisors, arg["divisors_row"]),
+            ]
+
+        self.loop([arg["top"], arg["y"], arg["divisors"]], row)
+        b.ret_void()
+
+    def _larger(self, a: ir.Value, value: ir.Value) -> ir.Value:
+        # a NaN wins, as in PyTorch: it is taken over, and no comparison with it is true
+        b = self.builder
+        wins = b.or_(b.fcmp_ordered(">", value, a), b.fcmp_unordered("uno", value, value))
+        return b.select(wins, value, a)
