@@ -260,7 +260,8 @@ def _fill(
         kernel = kernel_for(step.op, packed, width)
         record[records.KERNELS + place] = objects.address(kernel, target)
     values, indices = tables.address(packed.values), tables.address(packed.indices)
-    starts = tables.address(offsets)
+    # a kernel asks for the inputs of the next step: there is one more than steps
+    starts = tables.address(np.append(offsets, np.zeros(1, np.int32)))
     rows = np.zeros((len(packed.tiles), records.TILE_FIELDS), np.int64)
     for row, tile in zip(rows, packed.tiles, strict=True):
         row[records.TILE_FIRST] = tile.first

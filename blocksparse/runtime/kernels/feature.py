@@ -33,6 +33,7 @@ class SparseLinear(Writer):
             offsets, w, *sums = state
             offset = b.shl(b.sext(self.load(I32, offsets), I64), I64(2))
             at = [b.add(x, offset) for x in rows_x]
+            self.prefetch_weights(w, kernel.rows * kernel.columns * FLOAT_BYTES)
             for j in range(kernel.columns):
                 weights = self.load(vector, self.step(w, j * kernel.rows * FLOAT_BYTES))
                 for t in range(images):

@@ -8,7 +8,7 @@ from llvmlite import ir
 
 from blocksparse.format.weights import index_bits
 
-from .writer import F32, FLOAT_BYTES, I32, I64, Writer
+from .writer import F32, FLOAT_BYTES, I32, I64, LINE_BYTES, Writer
 
 
 class PixelWriter(Writer):
@@ -76,7 +76,13 @@ class SparseConv(PixelWriter):
             offsets, w, *tile = state
             offset = b.sext(self.load(I32, offsets), I64)
             x = b.add(arg["x"], b.shl(offset, I64(2)))
+            self.prefetch_weights(w, block_bytes)
+            following = b.sext(self.load(I32, self.step(offsets, 4)), I64)
+            ahead = b.add(arg["x"], b.shl(following, I64(2)))
             for j in range(kernel.columns):
+                for v in range(0, width * self.lanes * FLOAT_BYTES, LINE_BYTES):
+                    self.prefetch(self.step(ahead, v))
+                ahead = b.add(ahead, arg["x_stride"])
                 inputs = [
                     self.load(self.vector, self.step(x, v * self.lanes * FLOAT_BYTES))
                     for v in range(width)
