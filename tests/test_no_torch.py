@@ -62,7 +62,13 @@ print(logits.shape[0], len(golden["x"]))
 
 @pytest.mark.parametrize(
     "arguments",
-    [("info",), ("info", "--explain"), ("verify",), ("bench", "--rounds", "1")],
+    [
+        ("info",),
+        ("info", "--explain"),
+        ("verify",),
+        ("bench", "--rounds", "1"),
+        ("what-if", "--rounds", "1", "--pattern", "block2x2"),
+    ],
     ids=" ".join,
 )
 def test_the_command_line_runs(arguments):
@@ -79,6 +85,20 @@ np.save(sys.argv[2], np.zeros((2, *shape), np.float32))
 sys.exit(main(["run", *sys.argv[1:], "--top", "1"]))
 """
     assert "zeros.npy[1]" in run(code, GOLDEN, tmp_path / "zeros.npy")
+
+
+def test_a_network_by_name_asks_for_the_training_libraries(tmp_path):
+    code = """
+import contextlib, io
+from blocksparse.pipeline.untrained import main
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    status = main(["resnet50", sys.argv[1]])
+print(status, said.getvalue())
+"""
+    said = run(code, tmp_path / "model.bsr.safetensors")
+    assert said.startswith("1 ")
+    assert 'pip install "blocksparse[train]"' in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_import_costs_less_than_numpy():

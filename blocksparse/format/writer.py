@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from blocksparse.format.container import DTYPES, TensorSpec, header_bytes, render_header
+from blocksparse.format.container import DTYPES, Header, TensorSpec, header_bytes, render_header
 from blocksparse.format.errors import FormatError
+from blocksparse.format.layout import Arrays
 from blocksparse.format.metadata import encode
 from blocksparse.format.model import Model
 from blocksparse.format.validate import check_model, model_arrays
@@ -36,11 +37,7 @@ def write(path: str | os.PathLike[str], model: Model) -> None:
     """
     path = Path(path)
     try:
-        check_model(model)
-        arrays = model_arrays(model)
-        names = {dtype: name for name, dtype in DTYPES.items()}
-        specs = {name: TensorSpec(names[a.dtype], a.shape) for name, a in arrays.items()}
-        header = render_header(encode(model), specs)
+        header, arrays = _lay_out(model)
         head = header_bytes(header)
     except FormatError as error:
         raise error.at(path) from None
@@ -58,3 +55,23 @@ def write(path: str | os.PathLike[str], model: Model) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def file_size(model: Model) -> int:
+    """Return the bytes of the file that :func:`write` makes of `model`, without writing it.
+
+    Raises
+    ------
+    FormatError
+        Where the model breaks a rule of the format.
+    """
+    header, arrays = _lay_out(model)
+    return len(header_bytes(header)) + sum(array.nbytes for array in arrays.values())
+
+
+def _lay_out(model: Model) -> tuple[Header, Arrays]:
+    check_model(model)
+    arrays = model_arrays(model)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    specs = {name: TensorSpec(names[a.dtype], a.shape) for name, a in arrays.items()}
+    return render_header(encode(model), specs), arrays

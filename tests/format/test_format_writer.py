@@ -23,6 +23,7 @@ from blocksparse.format import (
     read,
     write,
 )
+from blocksparse.format.writer import file_size
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path):
@@ -38,6 +39,12 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
     assert raw == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
     write(tmp_path / "d", read(tmp_path / "a"))
     assert raw == (tmp_path / "d").read_bytes()
+
+
+def test_the_size_is_known_without_writing(tmp_path):
+    for model in (small_model(), replace(small_model(), provenance={"note": "x" * 1000})):
+        write(tmp_path / "model", model)
+        assert file_size(model) == (tmp_path / "model").stat().st_size
 
 
 def test_a_broken_model_leaves_the_old_file_alone(tmp_path):
