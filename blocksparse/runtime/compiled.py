@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 import numpy.typing as npt
 
 from blocksparse.format import BsrWeight, Model, NMWeight, Node, Weight
 
+from .algorithms import Algorithms
 from .explain import LayerChoice
 from .helpers import Helpers
 from .kernels import program, records
 from .kernels.target import describe, host
 from .plan import Plan, bind
-from .steps import Step, Steps, lower
+from .steps import Packs, Step, Steps, lower
 
 PLANS = 4
 """Batch sizes kept ready; the one used longest ago is dropped."""
 
+ROUNDS = 5
+"""Timed runs of the network for every way to compute a layer."""
+
+CLOCK = hasattr(time, "CLOCK_MONOTONIC")
+"""Whether compiled code can tell the time."""
+
 _CACHE_LINE = 64
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +54,23 @@ class Trace:
     steps: list[Step]
     step_ns: npt.NDArray[np.int64]
     busy_ns: npt.NDArray[np.int64]
+
+    def by_node(self) -> dict[str, float]:
+        """Milliseconds of every node: the sum of its steps."""
+        result: dict[str, float] = {}
+        for step, nanoseconds in zip(self.steps, self.step_ns.tolist(), strict=True):
+            result[step.node.name] = result.get(step.node.name, 0.0) + nanoseconds / 1e6
+        return result
+
+
+def _times(steps: Steps, threads: int) -> list[npt.NDArray[np.int64]]:
+    return [np.zeros((len(steps.steps) + 1, 2), np.int64) for _ in range(threads)]
+
+
+def _trace(steps: Steps, times: list[npt.NDArray[np.int64]]) -> Trace:
+    done = np.stack(times)
+    busy = np.where(done[:, 1:, 0] > 0, done[:, 1:, 0] - done[:, :-1, 1], 0)
+    return Trace(steps.steps, np.diff(done[0, :, 1]), busy)
 
 
 _UNTIMED = np.zeros((0, 2), np.int64)
@@ -86,12 +113,17 @@ class CompiledEngine:
     ----------
     model : Model
         A checked model.
+    winograd : bool
+        Whether convolutions may go through Winograd's transforms.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, winograd: bool = True) -> None:
         self.model = model
         self.target = host()
-        self.steps: Steps = lower(model, self.target)
+        self.algorithms = Algorithms(model, self.target, winograd)
+        # layers that have to be measured first are lowered by the first call, when it is known
+        # how many images it has
+        self._steps: Steps | None = None if self.algorithms.open else self._lowered({})
         self._ready: OrderedDict[int, _Ready] = OrderedDict()
         self._lock = threading.Lock()
         self._binding = threading.Lock()
@@ -99,6 +131,18 @@ class CompiledEngine:
 
     def __str__(self) -> str:
         return f"compiled engine: {describe(self.target)}"
+
+    @property
+    def steps(self) -> Steps:
+        """The network as steps; before the first call some may still become others."""
+        return self._lowered({}) if self._steps is None else self._steps
+
+    def _lowered(self, packs: Packs, trial: int | None = None) -> Steps:
+        """Lower the model; in a trial, every open layer takes the way of that number."""
+        ways = {name: choice.algorithm for name, choice in self.algorithms.choices.items()}
+        if trial is not None:
+            ways |= {n: w[min(trial, len(w) - 1)] for n, w in self.algorithms.open.items()}
+        return lower(self.model, self.target, ways, self.algorithms.allow_winograd, packs)
 
     def choices(self) -> list[LayerChoice]:
         """Say what runs each node, and why."""
@@ -140,25 +184,35 @@ class CompiledEngine:
         RuntimeError
             On systems without a POSIX clock, where compiled code cannot tell the time.
         """
-        if not hasattr(time, "CLOCK_MONOTONIC"):
+        if not CLOCK:
             raise RuntimeError("steps cannot be timed here: the system has no POSIX clock")
-        times = [np.zeros((len(self.steps.steps) + 1, 2), np.int64) for _ in range(threads)]
+        self._plan(len(x), threads)
+        times = _times(self.steps, threads)
         output = self._run(x, threads, times)
-        done = np.stack(times)
-        began = done[:, :-1, 1]
-        busy = np.where(done[:, 1:, 0] > 0, done[:, 1:, 0] - began, 0)
-        return output, Trace(self.steps.steps, np.diff(done[0, :, 1]), busy)
+        return output, _trace(self.steps, times)
 
     def _run(
         self, x: npt.NDArray[np.float32], threads: int, times: list[npt.NDArray[np.int64]]
     ) -> npt.NDArray[np.float32]:
-        batch = len(x)
-        ready = self._plan(batch)
+        ready = self._plan(len(x), threads)
         with self._lock:
             memory = ready.free.pop() if ready.free else None
         memory = memory or _Memory(ready.plan)
+        output = self._execute(ready.plan, memory, x, times)
+        with self._lock:
+            ready.free.append(memory)
+        return output
+
+    def _execute(
+        self,
+        plan: Plan,
+        memory: _Memory,
+        x: npt.NDArray[np.float32],
+        times: list[npt.NDArray[np.int64]],
+    ) -> npt.NDArray[np.float32]:
+        """Run a plan, one thread for each of `times`."""
+        batch, threads = len(x), len(times)
         output = np.empty((batch, *self.model.output_shape), np.float32)
-        plan = ready.plan
         memory.counters[:] = 0
         # read-only arrays are another type to Numba, which would compile everything once more
         images = np.require(x, np.float32, ["C", "W"])
@@ -179,8 +233,6 @@ class CompiledEngine:
             for helper in helpers:
                 if not helper.cancel():
                     helper.result()
-        with self._lock:
-            ready.free.append(memory)
         return output
 
     def close(self) -> None:
@@ -189,18 +241,50 @@ class CompiledEngine:
             self._ready.clear()
         self._helpers.close()
 
-    def _plan(self, batch: int) -> _Ready:
+    def _plan(self, batch: int, threads: int) -> _Ready:
         ready = self._look_up(batch)
         if ready is None:
             with self._binding:  # one plan at a time; calls whose plan is ready go on meanwhile
                 ready = self._look_up(batch)
                 if ready is None:
-                    ready = _Ready(bind(self.model, self.steps, self.target, batch))
+                    if self._steps is None:
+                        self._steps = self._measured(batch, threads)
+                    ready = _Ready(bind(self.model, self._steps, self.target, batch))
                     with self._lock:
                         self._ready[batch] = ready
                         while len(self._ready) > PLANS:
                             self._ready.popitem(last=False)
         return ready
+
+    def _measured(self, batch: int, threads: int) -> Steps:
+        """Run the network once for every way its open layers have, choose, and lower it."""
+        packs: Packs = {}
+        layers = self.algorithms.open
+        if CLOCK:
+            _log.info("measuring %d layers, once on this machine", len(layers))
+            trials = []
+            for number in range(max(map(len, layers.values()))):
+                steps = self._lowered(packs, number)
+                plan = bind(self.model, steps, self.target, batch)
+                trials.append((steps, plan, _Memory(plan)))
+            shape = (batch, *self.model.input_shape)
+            x = np.random.default_rng(0).standard_normal(shape, np.float32)
+            taken: list[list[dict[str, float]]] = [[] for _ in trials]
+            for _ in range(ROUNDS + 1):
+                for (steps, plan, memory), rounds in zip(trials, taken, strict=True):
+                    times = _times(steps, threads)
+                    self._execute(plan, memory, x, times)
+                    rounds.append(_trace(steps, times).by_node())
+            self.algorithms.settle(
+                {
+                    name: {
+                        way: median(round_[name] for round_ in taken[number][1:])
+                        for number, way in enumerate(ways)
+                    }
+                    for name, ways in layers.items()
+                }
+            )
+        return self._lowered(packs)
 
     def _look_up(self, batch: int) -> _Ready | None:
         with self._lock:

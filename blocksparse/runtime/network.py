@@ -153,6 +153,7 @@ def load(
     source: str | os.PathLike[str] | Model,
     threads: int | None = None,
     engine: EngineName = "auto",
+    winograd: bool = True,
 ) -> Network:
     """Make a model callable.
 
@@ -165,6 +166,9 @@ def load(
     engine : {"auto", "compiled", "reference"}
         ``"compiled"`` is the fast one; ``"reference"`` is NumPy alone; ``"auto"`` is the first of
         the two that can run here, and says so in the log where that is the second.
+    winograd : bool
+        Whether convolutions of kernel height 3 may go through Winograd's transforms where that was
+        measured to be faster. False keeps to direct sums: slower, with smaller rounding errors.
 
     Returns
     -------
@@ -184,10 +188,12 @@ def load(
         model = source
     else:
         model = read(source)
-    return Network(model, _engine(model, engine), _processors() if threads is None else threads)
+    return Network(
+        model, _engine(model, engine, winograd), _processors() if threads is None else threads
+    )
 
 
-def _engine(model: Model, name: EngineName) -> Engine:
+def _engine(model: Model, name: EngineName, winograd: bool) -> Engine:
     if name == "reference":
         return ReferenceEngine(model, "as asked")
     try:
@@ -198,7 +204,7 @@ def _engine(model: Model, name: EngineName) -> Engine:
 
         if config.DISABLE_JIT:
             raise RuntimeError("NUMBA_DISABLE_JIT is set")
-        return CompiledEngine(model)
+        return CompiledEngine(model, winograd)
     except (ImportError, RuntimeError) as error:
         if name == "compiled":
             raise RuntimeError(

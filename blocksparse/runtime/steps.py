@@ -7,13 +7,14 @@ written in place, unless a part already lies elsewhere; then that part is copied
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from blocksparse.format import Model, NMWeight, Node
+from blocksparse.format import DenseWeight, Model, Node, Weight
 
 from . import layout, winograd
+from .algorithms import Algorithm
 from .kernels import records
 from .kernels.target import Target
 from .prepack import Packed, pack
@@ -81,7 +82,17 @@ class Steps:
     places: dict[str, Place]
 
 
-def lower(model: Model, target: Target) -> Steps:
+Packs = dict[tuple[str, Algorithm], Packed]
+"""Weights prepared so far, by layer and way."""
+
+
+def lower(
+    model: Model,
+    target: Target,
+    ways: Mapping[str, Algorithm],
+    allow_winograd: bool = True,
+    packs: Packs | None = None,
+) -> Steps:
     """Turn a model into steps.
 
     Parameters
@@ -90,8 +101,14 @@ def lower(model: Model, target: Target) -> Steps:
         As read from the file.
     target : Target
         What weights are prepared for.
+    ways : mapping of str to Algorithm
+        How to compute convolutions; one that is not named follows `winograd.pays`.
+    allow_winograd : bool
+        Whether that rule may choose Winograd.
+    packs : dict, optional
+        Is read and filled, for callers that lower a model more than once.
     """
-    return _Lowering(model, target).run()
+    return _Lowering(model, target, ways, allow_winograd, {} if packs is None else packs).run()
 
 
 def kernel_size(model: Model, node: Node) -> tuple[int, int]:
@@ -101,9 +118,19 @@ def kernel_size(model: Model, node: Node) -> tuple[int, int]:
 
 
 class _Lowering:
-    def __init__(self, model: Model, target: Target) -> None:
+    def __init__(
+        self,
+        model: Model,
+        target: Target,
+        ways: Mapping[str, Algorithm],
+        allow_winograd: bool,
+        packs: Packs,
+    ) -> None:
         self.model = model
         self.target = target
+        self.ways = ways
+        self.allow_winograd = allow_winograd
+        self.packs = packs
         graph = model.graph
         self.shapes = dict(graph.shapes)
         for node in graph.nodes:
@@ -166,22 +193,46 @@ class _Lowering:
 
     def _product(self, op: int, node: Node, source: str, other: str | None, groups: int) -> None:
         weight = self.model.weights[node.name]
-        if isinstance(weight, NMWeight):
+        if op == records.CONV:
+            op, packed = self._prepared(node, weight, source)
+        else:
+            packed = pack(weight, groups, self.target)
+        if packed.group:
             op = {records.CONV: records.CONV_NM, records.LINEAR: records.LINEAR_NM}[op]
-        packed = pack(weight, groups, self.target)
-        if op == records.CONV and winograd.applies(
-            node, kernel_size(self.model, node), self.target
-        ):
-            planes = winograd.transform(packed, kernel_size(self.model, node)[1])
-            geometry = winograd.Geometry(node.shape[1], self.frames[node.name].row)
-            channels = self.shapes[source][0]
-            if winograd.pays(packed, planes, channels, geometry, self.target.lanes):
-                op, packed = records.WINOGRAD, planes
         activation = node.attrs["activation"]
         fused = activation if activation in CLAMPS else "none"
         self._emit(op, node, source, node.name, other, packed, activation=fused)
         if fused != activation:
             self._elementwise(node, records.ACTIVATE, node.name, None, activation)
+
+    def _prepared(self, node: Node, weight: Weight, source: str) -> tuple[int, Packed]:
+        """Prepare the weight of a convolution, and say what it is for."""
+        way = self.ways.get(node.name)
+        stored = Algorithm.DENSE if way is not None and way.dense else Algorithm.DIRECT
+        if (node.name, stored) not in self.packs:
+            if stored.dense:
+                weight = DenseWeight(weight.to_dense())
+            self.packs[node.name, stored] = pack(weight, node.attrs["groups"], self.target)
+        packed = self.packs[node.name, stored]
+        if way is None:
+            way = Algorithm.WINOGRAD if self._rule(node, packed, source) else Algorithm.DIRECT
+        if not way.winograd:
+            return records.CONV, packed
+        if (node.name, way) not in self.packs:
+            width = kernel_size(self.model, node)[1]
+            self.packs[node.name, way] = winograd.transform(packed, width)
+        return records.WINOGRAD, self.packs[node.name, way]
+
+    def _rule(self, node: Node, packed: Packed, source: str) -> bool:
+        """Whether a layer that nobody measured goes through Winograd."""
+        kernel = kernel_size(self.model, node)
+        if packed.group or not self.allow_winograd:
+            return False
+        if not winograd.applies(node, kernel, self.target):
+            return False
+        geometry = winograd.Geometry(node.shape[1], self.frames[node.name].row)
+        channels = self.shapes[source][0]
+        return winograd.pays(packed, kernel[1], channels, geometry, self.target.lanes)
 
     def _conv2d(self, node: Node) -> None:
         source = node.inputs[0]

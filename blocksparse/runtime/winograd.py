@@ -103,11 +103,10 @@ def transform(packed: Packed, width: int) -> Packed:
             done[key] = slice(steps, steps + len(kinds)), inverse, row
             steps += len(kinds)
         where, inverse, row = done[key]
-        taps = np.zeros((where.stop - where.start, TAPS, size))
-        taps[inverse, row] = packed.values[tile.values : tile.values + count * size].reshape(
-            count, size
-        )
-        planes = np.einsum("pi,six->psx", matrix, taps).astype(np.float32).reshape(-1)
+        taps = np.zeros((TAPS, where.stop - where.start, size))
+        stored = packed.values[tile.values : tile.values + count * size]
+        taps[row, inverse] = stored.reshape(count, size)
+        planes = (matrix @ taps.reshape(TAPS, -1)).astype(np.float32).reshape(-1)
         tiles.append(RowTile(tile.first, tile.rows, place, where))
         values.append(planes)
         place += len(planes)
@@ -117,13 +116,15 @@ def transform(packed: Packed, width: int) -> Packed:
     )  # fmt: skip
 
 
-def pays(packed: Packed, planes: Packed, channels: int, geometry: Geometry, lanes: int) -> bool:
-    """Whether the planes are expected to run faster than the weight itself.
+def pays(packed: Packed, width: int, channels: int, geometry: Geometry, lanes: int) -> bool:
+    """Whether the planes are expected to run faster than the weight itself: a rule of thumb.
 
     Parameters
     ----------
-    packed, planes : Packed
-        The weight before and after `transform`.
+    packed : Packed
+        The weight before `transform`.
+    width : int
+        Kernel width.
     channels : int
         Input channels.
     geometry : Geometry
@@ -132,12 +133,21 @@ def pays(packed: Packed, planes: Packed, channels: int, geometry: Geometry, lane
         Floats of a vector.
     """
     size = packed.columns * packed.rows
-    direct = sum(t.steps.stop - t.steps.start for t in packed.tiles) * size
+    kinds: dict[tuple[int, int], int] = {}
+    for tile in packed.tiles:
+        key = (tile.steps.start, tile.steps.stop)
+        if key not in kinds:
+            column = packed.positions[tile.steps] % width
+            kinds[key] = len(
+                np.unique(packed.channels[tile.steps].astype(np.int64) * width + column)
+            )
+    direct = size * sum(tile.steps.stop - tile.steps.start for tile in packed.tiles)
     direct *= -(-geometry.height * geometry.row // lanes)
     rows = geometry.tile_rows
-    products = PLANES * size * sum(t.steps.stop - t.steps.start for t in planes.tiles)
+    products = PLANES * size
+    products *= sum(kinds[tile.steps.start, tile.steps.stop] for tile in packed.tiles)
     products *= -(-rows * geometry.row // lanes)
-    outputs = sum(tile.rows for tile in planes.tiles)
+    outputs = sum(tile.rows for tile in packed.tiles)
     vectors = rows * -(-geometry.row // lanes)
     return products + TRANSFORM_COST * vectors * (channels + outputs) < direct
 

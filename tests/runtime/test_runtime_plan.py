@@ -133,7 +133,7 @@ def test_no_two_channels_overlap():
     b.conv(x, 6, stride=(2, 2))
     model = b.model()
     engine = CompiledEngine(model)
-    steps = lower(model, engine.target)
+    steps = lower(model, engine.target, {})
     for batch in (1, 3):
         for name, frame in steps.frames.items():
             where = layout.place(steps.shapes[name], frame, 0, batch)

@@ -1,0 +1,226 @@
+"""The ways to compute a convolution, and which of them to take for each layer.
+
+A rule of thumb decides for small layers; large ones are measured inside the whole network, where
+caches are as full as they will be, once on a machine. What was measured is kept on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from blocksparse.format import BsrWeight, Model, NMWeight, Node, Weight
+
+from . import winograd
+from .kernels.objects import cache_folder
+from .kernels.target import Target, describe
+
+_log = logging.getLogger(__name__)
+
+MEASURED_FLOPS = 10_000_000
+"""A layer with less work than this, some 50 microseconds, is not worth a measurement."""
+
+CLOSE = 0.97
+"""Another way than the rule's has to take less than this share of its time: a result within the
+noise would change from machine start to machine start, and with it the last bits of the outputs."""
+
+
+class Algorithm(StrEnum):
+    """How a convolution is computed."""
+
+    DIRECT = "direct"
+    WINOGRAD = "winograd"
+    DENSE = "dense"
+    DENSE_WINOGRAD = "dense winograd"
+
+    @property
+    def dense(self) -> bool:
+        """Whether the weight is taken as if it had no zeros."""
+        return self in (Algorithm.DENSE, Algorithm.DENSE_WINOGRAD)
+
+    @property
+    def winograd(self) -> bool:
+        """Whether the sums go through Winograd's transforms."""
+        return self in (Algorithm.WINOGRAD, Algorithm.DENSE_WINOGRAD)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What computes a layer, and why.
+
+    Parameters
+    ----------
+    algorithm : Algorithm
+        What was taken.
+    milliseconds : dict of str to float
+        What each way took when it was measured; empty where the rule decided.
+    """
+
+    algorithm: Algorithm
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def reason(self) -> str:
+        """One phrase for a table."""
+        if not self.milliseconds:
+            return ""
+        times = ", ".join(f"{name} {ms:.3g}" for name, ms in self.milliseconds.items())
+        return f"measured, in ms: {times}"
+
+
+def ways(node: Node, weight: Weight, target: Target, allow_winograd: bool) -> list[Algorithm]:
+    """List the ways to compute a convolution, the stored form first.
+
+    Parameters
+    ----------
+    node : Node
+        A convolution.
+    weight : Weight
+        Its weight.
+    target : Target
+        What it runs on.
+    allow_winograd : bool
+        False leaves Winograd out.
+
+    Returns
+    -------
+    list of Algorithm
+        At least `Algorithm.DIRECT`. Taking a sparse weight as dense is only listed where its tiles
+        are lower than those of a dense one: whole tiles of blocks cost per nonzero what dense
+        weights cost.
+    """
+    fits = allow_winograd and winograd.applies(node, (weight.shape[2], weight.shape[3]), target)
+    result = [Algorithm.DIRECT]
+    if fits and not isinstance(weight, NMWeight):
+        result.append(Algorithm.WINOGRAD)
+    outputs = weight.shape[0]
+    low = isinstance(weight, BsrWeight) and min(weight.block[0], outputs) < min(
+        target.rows, outputs
+    )
+    if node.attrs["groups"] == 1 and (low or isinstance(weight, NMWeight)):
+        result.append(Algorithm.DENSE)
+        if fits:
+            result.append(Algorithm.DENSE_WINOGRAD)
+    return result
+
+
+def layer_key(node: Node, weight: Weight) -> str:
+    """Name a layer by what its speed depends on: shapes, stride, stored form, density."""
+    if isinstance(weight, BsrWeight):
+        stored = "bsr{}x{}".format(*weight.block)
+    elif isinstance(weight, NMWeight):
+        stored = f"nm{weight.n}of{weight.m}"
+    else:
+        stored = "dense"
+    sizes = ["x".join(map(str, part)) for part in (weight.shape, node.shape, node.attrs["stride"])]
+    return f"{' '.join(sizes)} {stored} {weight.density:.2f}"
+
+
+def work(node: Node, weight: Weight) -> float:
+    """FLOPs of a layer for one image, zeros left out."""
+    size = 2.0 * weight.density
+    for length in (*weight.shape, *node.shape[1:]):
+        size *= length
+    return size
+
+
+class Memory:
+    """What was measured on this machine, on disk.
+
+    Parameters
+    ----------
+    target : Target
+        The processor; another one has a file of its own.
+    """
+
+    def __init__(self, target: Target) -> None:
+        digest = hashlib.sha256(f"1 {describe(target)} {target.features}".encode()).hexdigest()
+        self.path: Path = cache_folder() / f"layers-{digest[:16]}.json"
+
+    def read(self) -> dict[str, dict[str, float]]:
+        """Return milliseconds by layer and way; nothing where there is no readable file."""
+        try:
+            content = json.loads(self.path.read_text("utf-8"))
+            return {
+                str(key): {str(name): float(ms) for name, ms in times.items()}
+                for key, times in content.items()
+            }
+        except (OSError, ValueError, AttributeError, TypeError):
+            return {}
+
+    def write(self, measured: Mapping[str, Mapping[str, float]]) -> None:
+        """Add to what is there; a folder that cannot be written only costs time."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self.path.parent, delete=False, encoding="utf-8"
+            ) as file:
+                json.dump({**self.read(), **measured}, file, indent=1)
+            os.replace(file.name, self.path)
+        except OSError as error:
+            _log.warning("measured layers are not kept: cannot write %s (%s)", self.path, error)
+
+
+class Algorithms:
+    """The choice for every convolution of a model.
+
+    Parameters
+    ----------
+    model : Model
+        The network.
+    target : Target
+        What it runs on.
+    allow_winograd : bool
+        False leaves Winograd out.
+    """
+
+    def __init__(self, model: Model, target: Target, allow_winograd: bool = True) -> None:
+        self._memory = Memory(target)
+        self.allow_winograd = allow_winograd
+        known = self._memory.read()
+        self.choices: dict[str, Choice] = {}
+        self.open: dict[str, list[Algorithm]] = {}
+        self._keys: dict[str, str] = {}
+        for node in model.graph.nodes:
+            if node.op != "conv2d":
+                continue
+            weight = model.weights[node.name]
+            listed = ways(node, weight, target, allow_winograd)
+            if len(listed) == 1 or work(node, weight) < MEASURED_FLOPS:
+                continue
+            self._keys[node.name] = layer_key(node, weight)
+            times = known.get(self._keys[node.name], {})
+            if set(listed) <= set(times):
+                self.choices[node.name] = _best({way: times[way] for way in listed})
+            else:
+                self.open[node.name] = listed
+
+    def settle(self, milliseconds: Mapping[str, Mapping[Algorithm, float]]) -> None:
+        """Choose for the open layers.
+
+        Parameters
+        ----------
+        milliseconds : mapping
+            By layer, what each of its ways took.
+        """
+        measured = {}
+        for name, times in milliseconds.items():
+            self.choices[name] = _best(times)
+            measured[self._keys[name]] = {str(way): ms for way, ms in times.items()}
+        self.open = {}
+        self._memory.write(measured)
+
+
+def _best(times: Mapping[Algorithm, float]) -> Choice:
+    best = Algorithm.DIRECT
+    for way, ms in times.items():
+        if ms < CLOSE * times[best]:
+            best = way
+    return Choice(best, {str(way): ms for way, ms in times.items()})
