@@ -54,13 +54,14 @@ def interleave(
     candidates: Mapping[str, Callable[[], object]],
     rounds: int = 20,
     min_seconds: float = 0.0,
+    settle: float = 0.0,
     on_round: Callable[[float], None] | None = None,
 ) -> dict[str, Timing]:
     """Time every candidate once per round, all in turn.
 
-    In each turn a candidate is called twice and only the second call is timed. The first one puts
-    its own data into the caches, and lets thread pools that still spin after the previous
-    candidate (OpenMP's do, for milliseconds) go to sleep before the clock starts.
+    In each turn only the last call of a candidate is timed. The one before, or as many as `settle`
+    asks for, puts its own data into the caches, and lets thread pools that still spin after the
+    previous candidate (OpenMP's do, for milliseconds) go to sleep before the clock starts.
 
     Parameters
     ----------
@@ -70,6 +71,9 @@ def interleave(
         The least number of rounds.
     min_seconds : float
         Go on until the timed calls of all candidates together have taken this many seconds.
+    settle : float
+        The calls that are not timed go on for at least this many seconds; there is always one. For
+        candidates that take less than their predecessors' threads spin.
     on_round : callable, optional
         Called after every round with the share of the work done, 0..1, for a progress bar.
 
@@ -101,7 +105,10 @@ def interleave(
     try:
         while done < rounds or spent < min_seconds:
             for name, call in turns:
+                start = time.perf_counter()
                 call()
+                while time.perf_counter() - start < settle:
+                    call()
                 start = time.perf_counter()
                 call()
                 elapsed = time.perf_counter() - start

@@ -43,6 +43,18 @@ def test_only_the_second_call_of_a_turn_is_timed():
     assert timing.q3_ms < 25
 
 
+def test_untimed_calls_go_on_until_it_has_settled():
+    seconds: list[float] = []
+
+    def nap() -> None:
+        seconds.append(0.002)
+        time.sleep(0.002)
+
+    timing = interleave({"nap": nap}, rounds=2, settle=0.02)["nap"]
+    assert timing.rounds == 2
+    assert 6 <= len(seconds) <= 22  # up to ten naps that are not timed, and one that is, twice
+
+
 def test_slower_candidate_is_reported_slower():
     timings = interleave(
         {"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.01)}, rounds=3

@@ -1,0 +1,1 @@
+"""What makes every published figure; `python -m benchmarks.NAME --help` explains each script."""

@@ -1,0 +1,104 @@
+"""The pages of the benchmarks: what is compared with what, and when not to believe it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.figures import OURS, Result, Row, Setting, Work
+from benchmarks.tables import facts, page, summary
+from blocksparse.perf import Timing
+
+
+def row(name, kind, ms, sparsity=0.0, spread=1.0):
+    return Row(name, kind, sparsity, Timing(ms, ms, ms * spread, 10), 1e-6, 1e-4)
+
+
+def result(*rows, batch=1, left_out=()):
+    return Result(
+        setting=Setting("resnet50", 224, (0.0, 0.75), "shared", batch, 2),
+        date="2026-01-01",
+        machine="a machine",
+        command="python -m benchmarks.compare",
+        rows=rows,
+        work=(Work(0.0, 1000, 100, 100, 2000, 2000), Work(0.75, 300, 100, 28, 2000, 600)),
+        left_out=tuple(left_out),
+        seconds={"measuring": 1.0},
+    )
+
+
+SLOW = row("torch-eager, dense", "torch-eager", 60.0)
+FAST = row("openvino, dense", "openvino", 30.0)
+ZEROS = row("onnxruntime, 75 % sparse, zeros kept", "onnxruntime", 10.0, 0.75)
+DENSE = row("blocksparse, dense", OURS, 40.0)
+SPARSE = row("blocksparse, 75 % sparse", OURS, 20.0, 0.75)
+
+
+@pytest.mark.parametrize("rows", [(SLOW, FAST, ZEROS, DENSE, SPARSE), (SPARSE, FAST, SLOW)])
+def test_ratio_is_to_the_fastest_peer_on_the_dense_network(rows):
+    figures = result(*rows)
+    assert figures.fastest_peer == FAST  # neither the slower one, nor a sparse network, nor ours
+    assert figures.ratio(SPARSE) == pytest.approx(1.5)
+
+
+def test_page_shows_each_row_with_its_ratio():
+    text = page(result(SLOW, FAST, DENSE, SPARSE, batch=4))
+    assert "the fastest peer (openvino)" in text
+    assert "| blocksparse, 75 % sparse | 20.00 | 20.00 to 20.00 | 200.0 | 1.50 |" in text
+    assert "| blocksparse, dense | 40.00 | 40.00 to 40.00 | 100.0 | 0.75 |" in text
+    assert "| torch-eager, dense | 60.00 | 60.00 to 60.00 | 66.7 | 0.50 |" in text
+    assert "| 75 % | 300 | 28 | 28.0 % | 0.00 | 30.0 % |" in text
+    assert "| openvino, dense | 1.0e-06 | 1.0e-04 |" in text
+    assert "Not to be quoted" not in text
+
+
+def test_tables_have_as_many_cells_as_columns():
+    for text in (page(result(SLOW, FAST, SPARSE)), summary([result(FAST, SPARSE, DENSE)] * 2)):
+        width = None
+        for line in text.splitlines():
+            width = (width or line.count("|")) if line.startswith("|") else None
+            assert width is None or line.count("|") == width
+
+
+def test_page_names_what_was_too_noisy():
+    noisy = row("openvino, dense", "openvino", 30.0, spread=1.3)
+    text = page(result(noisy, SPARSE))
+    assert "**Not to be quoted.**" in text
+    assert "quartiles of openvino, dense lie" in text
+    assert not facts(result(noisy, SPARSE))["quiet"]
+
+
+def test_page_names_what_was_left_out():
+    assert "\nOpenvino is not here.\n" in page(result(FAST, left_out=["openvino is not here"]))
+
+
+def test_without_peers_there_is_no_ratio():
+    figures = result(DENSE, SPARSE)
+    assert figures.ratio(SPARSE) is None
+    assert "| blocksparse, 75 % sparse | 20.00 | 20.00 to 20.00 | 50.0 |  |" in page(figures)
+    assert "| none |" in summary([figures, figures])
+
+
+def test_summary_has_a_line_per_setting_and_a_column_per_sparsity():
+    text = summary([result(SLOW, FAST, DENSE, SPARSE), result(SLOW, DENSE, SPARSE, batch=8)])
+    assert "| network | pattern | batch | threads | fastest peer | 0 % | 75 % |" in text
+    assert "| resnet50 | shared | 1 | 2 | openvino | 0.75 | 1.50 |" in text
+    assert "| resnet50 | shared | 8 | 2 | torch-eager | 1.50 | 3.00 |" in text
+    assert "| resnet50 | shared | 1 | 2 | 60.00 | 30.00 | 40.00 | 20.00 |" in text
+    assert "| resnet50 | shared | 8 | 2 | 60.00 |  | 40.00 | 20.00 |" in text
+
+
+def test_facts_are_json_and_hold_the_ratio():
+    tree = json.loads(json.dumps(facts(result(SLOW, FAST, SPARSE))))
+    assert tree["fastest_peer"] == "openvino, dense"
+    ratios = [cells["times_as_fast_as_fastest_peer"] for cells in tree["rows"]]
+    assert ratios == pytest.approx([0.5, 1.0, 1.5])
+    assert tree["setting"]["sparsities"] == [0.0, 0.75]
+
+
+def test_file_names_tell_settings_apart():
+    usual = Setting("resnet50", 224, (0.0, 0.5, 0.75, 0.9), "shared", 1, 2)
+    assert usual.name == "resnet50-image224-8x8-shared-batch1-threads2"
+    other = Setting("resnet50", 224, (0.125,), "per-position", 1, 2)
+    assert other.name == "resnet50-image224-8x8-per-position-sparsity-12_5-batch1-threads2"
