@@ -1,4 +1,4 @@
-"""The command line: `blocksparse info | verify | run | bench | what-if FILE`.
+"""The command line: `blocksparse info | verify | run | bench | profile | what-if | machine`.
 
 It needs no training library. Exit status: 0, done, and what was checked is sound; 1, the file is
 not sound or the work failed; 2, the command cannot be used as it was typed. An error is one line
@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from blocksparse.cli import bench, info, run, verify, what_if
+from blocksparse.cli import bench, info, machine, profile, run, verify, what_if
 from blocksparse.cli.console import CommandError, UsageError, error_console, one_line
 
 EXAMPLES = """\
@@ -21,7 +21,9 @@ examples:
   blocksparse verify model.bsr.safetensors              is it sound, do both engines agree
   blocksparse run    model.bsr.safetensors cat.jpg      predict (also: a folder, a .npy array)
   blocksparse bench  model.bsr.safetensors --batch 1,8  milliseconds, images/s, GFLOP/s
+  blocksparse profile model.bsr.safetensors             where the time goes, layer by layer
   blocksparse what-if resnet50                          what sparsity would bring here
+  blocksparse machine                                   what this machine can do at most
 
 exit status: 0 sound and done; 1 the file is not sound, or the work failed; 2 wrong command line
 
@@ -38,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for module in (info, verify, run, bench, what_if):
+    for module in (info, verify, run, bench, profile, what_if, machine):
         module.add_parser(commands)
     return parser
 

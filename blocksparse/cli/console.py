@@ -116,14 +116,19 @@ def add_file_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a model file, *.bsr.safetensors")
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose threads and engine."""
+def add_threads_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option that chooses the number of threads."""
     parser.add_argument(
         "--threads",
         type=positive,
         metavar="N",
         help="threads to compute with (default: the runtime's, one per core)",
     )
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose threads and engine."""
+    add_threads_argument(parser)
     parser.add_argument(
         "--engine",
         choices=("auto", "compiled", "reference"),

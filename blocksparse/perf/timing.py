@@ -17,12 +17,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Timing:
-    """What one candidate took: median and quartiles over the rounds.
+    """What one candidate took: median, quartiles and best over the rounds.
 
     Attributes
     ----------
     median_ms, q1_ms, q3_ms : float
         Milliseconds per call: the median, and the first and third quartile.
+    best_ms : float
+        Milliseconds of the fastest call: what the machine can do when nothing disturbs it.
     rounds : int
         How many calls were timed.
     """
@@ -30,6 +32,7 @@ class Timing:
     median_ms: float
     q1_ms: float
     q3_ms: float
+    best_ms: float
     rounds: int
 
     @classmethod
@@ -44,7 +47,7 @@ class Timing:
         if not seconds:
             raise ValueError("a timing needs at least one duration, and got none")
         q1, median, q3 = np.percentile(np.asarray(seconds) * 1e3, [25, 50, 75])
-        return cls(float(median), float(q1), float(q3), len(seconds))
+        return cls(float(median), float(q1), float(q3), min(seconds) * 1e3, len(seconds))
 
     def __str__(self) -> str:
         return f"{self.median_ms:.3g} ms ({self.q1_ms:.3g} to {self.q3_ms:.3g})"

@@ -13,6 +13,7 @@ def test_summary_is_the_quartiles_in_milliseconds():
     assert timing.median_ms == pytest.approx(3.0)
     assert timing.q1_ms == pytest.approx(2.0)
     assert timing.q3_ms == pytest.approx(4.0)
+    assert timing.best_ms == pytest.approx(1.0)
     assert timing.rounds == 5
     assert str(timing) == "3 ms (2 to 4)"
 

@@ -62,7 +62,8 @@ def address(kernel: Kernel, target: Target | None = None) -> int:
     target = target or host()
     with _lock:
         if (kernel, target) not in _addresses:
-            _addresses[kernel, target] = _compile(kernel, target)
+            text = write(kernel, target)
+            _addresses[kernel, target] = compile_text(kernel.name, text, target)
         return _addresses[kernel, target]
 
 
@@ -75,24 +76,34 @@ def target_machine(target: Target) -> llvm.TargetMachine:
     )
 
 
-def _compile(kernel: Kernel, target: Target) -> int:
-    text = write(kernel, target)
+def compile_text(name: str, text: str, target: Target) -> int:
+    """Compile an LLVM module, or load the object kept on disk, and return a function's address.
+
+    Parameters
+    ----------
+    name : str
+        The function, which also names the object.
+    text : str
+        The module, as LLVM IR.
+    target : Target
+        The host, as code generation knows it.
+    """
     parts = (text, target.triple, target.cpu, target.features, llvmlite.__version__)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    path = cache_folder() / f"{kernel.name}-{digest}.o"
+    path = cache_folder() / f"{name}-{digest}.o"
     module = llvm.parse_assembly(text)
     module.verify()
     machine = target_machine(target)
     engine = llvm.create_mcjit_compiler(module, machine)
 
     def keep(_: llvm.ModuleRef, code: bytes) -> None:
-        _log.info("compiled %s for %s (once on this machine)", kernel.name, describe(target))
+        _log.info("compiled %s for %s (once on this machine)", name, describe(target))
         _save(path, code)
 
     engine.set_object_cache(keep, lambda _: _read(path))
     engine.finalize_object()
     _engines.append(engine)
-    return int(engine.get_function_address(kernel.name))
+    return int(engine.get_function_address(name))
 
 
 def _save(path: Path, code: bytes) -> None:

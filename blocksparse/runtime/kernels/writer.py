@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -66,34 +66,29 @@ class Kernel:
         return f"f32_{block}_{op}_{'t' if op == 'linear' else 'v'}{self.width}"
 
 
-class Writer:
-    """Writes one micro-kernel; what the products share.
+class Function:
+    """Writes one function of 64-bit integers that returns nothing.
 
     Parameters
     ----------
     module : ir.Module
         Receives the function.
-    kernel : Kernel
-        What to write.
+    name : str
+        Its symbol.
+    arguments : sequence of str
+        Names of its arguments; ``count`` is what `loop` counts.
     lanes : int
         float32 values in one vector register.
     """
 
-    arguments: tuple[str, ...]
-
-    def __init__(self, module: ir.Module, kernel: Kernel, lanes: int) -> None:
-        self.kernel = kernel
+    def __init__(self, module: ir.Module, name: str, arguments: Sequence[str], lanes: int) -> None:
         self.lanes = lanes
         self.vector = ir.VectorType(F32, lanes)
-        signature = ir.FunctionType(ir.VoidType(), [I64] * len(self.arguments))
-        self.function = ir.Function(module, signature, name=kernel.name)
-        self.arg = dict(zip(self.arguments, self.function.args, strict=True))
+        signature = ir.FunctionType(ir.VoidType(), [I64] * len(arguments))
+        self.function = ir.Function(module, signature, name=name)
+        self.arg = dict(zip(arguments, self.function.args, strict=True))
         self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
-        self.fmas: dict[ir.Type, ir.Function] = {}
-
-    def write(self) -> None:
-        """Write the function."""
-        raise NotImplementedError
+        self.declared: dict[str, ir.Function] = {}
 
     def load(self, kind: ir.Type, address: ir.Value, align: int = FLOAT_BYTES) -> ir.Value:
         """Read a value of a kind at an address."""
@@ -132,16 +127,78 @@ class Writer:
 
     def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         """Return ``a * b + c``, rounded once."""
-        # llvmlite's own helper cannot spell vector types, so the intrinsic is declared by name.
         kind = a.type
-        if kind not in self.fmas:
-            name = (
-                f"llvm.fma.v{kind.count}f32" if isinstance(kind, ir.VectorType) else "llvm.fma.f32"
-            )
-            self.fmas[kind] = ir.Function(
-                self.function.module, ir.FunctionType(kind, [kind] * 3), name=name
-            )
-        return self.builder.call(self.fmas[kind], [a, b, c])
+        form = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
+        return self.intrinsic(f"llvm.fma.{form}", [a, b, c])
+
+    def intrinsic(self, name: str, values: Sequence[ir.Value]) -> ir.Value:
+        """Call an LLVM intrinsic that returns the type of its first operand."""
+        # llvmlite's own helper cannot spell vector types, so the intrinsic is declared by name.
+        if name not in self.declared:
+            kind = ir.FunctionType(values[0].type, [value.type for value in values])
+            self.declared[name] = ir.Function(self.function.module, kind, name=name)
+        return self.builder.call(self.declared[name], values)
+
+    def loop(
+        self, start: list[ir.Value], body: Body, count: ir.Value | None = None
+    ) -> list[ir.Value]:
+        """Run ``body(state) -> state`` ``count`` times, the state carried in registers.
+
+        The count is the argument of that name, unless another is given.
+        """
+        b = self.builder
+        before = b.block
+        head = self.function.append_basic_block("loop")
+        after = self.function.append_basic_block("done")
+        count = self.arg["count"] if count is None else count
+        b.cbranch(b.icmp_signed(">", count, I64(0)), head, after)
+        b.position_at_end(head)
+        left = b.phi(I64)
+        left.add_incoming(count, before)
+        state = []
+        for value in start:
+            phi = b.phi(value.type)
+            phi.add_incoming(value, before)
+            state.append(phi)
+        result = body(state)
+        remaining = b.sub(left, I64(1))
+        left.add_incoming(remaining, b.block)
+        for phi, value in zip(state, result, strict=True):
+            phi.add_incoming(value, b.block)
+        tail = b.block
+        b.cbranch(b.icmp_signed(">", remaining, I64(0)), head, after)
+        b.position_at_end(after)
+        final = []
+        for value, end in zip(start, result, strict=True):
+            phi = b.phi(value.type)
+            phi.add_incoming(value, before)
+            phi.add_incoming(end, tail)
+            final.append(phi)
+        return final
+
+
+class Writer(Function):
+    """Writes one micro-kernel; what the products share.
+
+    Parameters
+    ----------
+    module : ir.Module
+        Receives the function.
+    kernel : Kernel
+        What to write.
+    lanes : int
+        float32 values in one vector register.
+    """
+
+    arguments: tuple[str, ...]
+
+    def __init__(self, module: ir.Module, kernel: Kernel, lanes: int) -> None:
+        super().__init__(module, kernel.name, self.arguments, lanes)
+        self.kernel = kernel
+
+    def write(self) -> None:
+        """Write the function."""
+        raise NotImplementedError
 
     def clamp(self, value: ir.Value) -> ir.Value:
         """Bound a value by the two floats at ``bounds``; NaN passes, as in PyTorch's ReLU."""
@@ -182,40 +239,3 @@ class Writer:
         at = b.add(self.arg["indices"], b.lshr(bit, I64(3)))
         byte = b.zext(self.load(I8, at, align=1), I64)
         return b.and_(b.lshr(byte, b.and_(bit, I64(7))), I64((1 << bits) - 1))
-
-    def loop(
-        self, start: list[ir.Value], body: Body, count: ir.Value | None = None
-    ) -> list[ir.Value]:
-        """Run ``body(state) -> state`` ``count`` times, the state carried in registers.
-
-        The count is the argument of that name, unless another is given.
-        """
-        b = self.builder
-        before = b.block
-        head = self.function.append_basic_block("loop")
-        after = self.function.append_basic_block("done")
-        count = self.arg["count"] if count is None else count
-        b.cbranch(b.icmp_signed(">", count, I64(0)), head, after)
-        b.position_at_end(head)
-        left = b.phi(I64)
-        left.add_incoming(count, before)
-        state = []
-        for value in start:
-            phi = b.phi(value.type)
-            phi.add_incoming(value, before)
-            state.append(phi)
-        result = body(state)
-        remaining = b.sub(left, I64(1))
-        left.add_incoming(remaining, b.block)
-        for phi, value in zip(state, result, strict=True):
-            phi.add_incoming(value, b.block)
-        tail = b.block
-        b.cbranch(b.icmp_signed(">", remaining, I64(0)), head, after)
-        b.position_at_end(after)
-        final = []
-        for value, end in zip(start, result, strict=True):
-            phi = b.phi(value.type)
-            phi.add_incoming(value, before)
-            phi.add_incoming(end, tail)
-            final.append(phi)
-        return final

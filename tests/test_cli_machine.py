@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+
+from blocksparse.cli import main
+from blocksparse.perf import measure
+
+
+@pytest.fixture(autouse=True)
+def small_and_elsewhere(tmp_path, monkeypatch):
+    """Real measurements, but short ones, kept in a folder of their own."""
+    monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path / "kept"))
+    quick = partial(measure.measure, rounds=2, run_seconds=1e-4, memory_bytes=2**20)
+    monkeypatch.setattr(measure, "measure", quick)
+
+
+def test_machine_prints_a_table_with_units(capsys):
+    assert main(["machine"]) == 0
+    out = capsys.readouterr().out
+    for text in ("multiply-add f32", "read L1", "read memory", "GFLOP/s", "GB/s", "1 thread"):
+        assert text in out
+    assert "note: reading from memory took 1 MiB at most" in out
+
+
+def test_machine_measures_once_and_again_when_asked(capsys):
+    trees = []
+    for extra in ([], [], ["--again"]):
+        assert main(["machine", "--json", *extra]) == 0
+        trees.append(json.loads(capsys.readouterr().out))
+    assert trees[0] == trees[1] != trees[2]
+    assert {row["name"] for row in trees[0]["reading"]} >= {"L1", "memory"}
+    assert all(row["one"] > 0 for row in trees[0]["compute"])
+
+
+def test_help_teaches_with_examples(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["machine", "--help"])
+    assert leaving.value.code == 0
+    assert "blocksparse machine" in capsys.readouterr().out.split("examples:")[1]
