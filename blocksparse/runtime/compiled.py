@@ -28,6 +28,9 @@ PLANS = 4
 ROUNDS = 5
 """Timed runs of the network for every way to compute a layer."""
 
+MOST_IMAGES = 8
+"""Images of such a run: more cost time and change little."""
+
 CLOCK = hasattr(time, "CLOCK_MONOTONIC")
 """Whether compiled code can tell the time."""
 
@@ -257,7 +260,8 @@ class CompiledEngine:
         return ready
 
     def _measured(self, batch: int, threads: int) -> Steps:
-        """Run the network once for every way its open layers have, choose, and lower it."""
+        """Run the network some times for every way its open layers have; choose, lower again."""
+        batch = min(batch, MOST_IMAGES)
         packs: Packs = {}
         layers = self.algorithms.open
         if CLOCK:

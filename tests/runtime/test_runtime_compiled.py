@@ -264,7 +264,7 @@ def test_too_large_a_batch_says_so():
     b.conv("x", 256)
     network = load(b.model(), engine="compiled")
     with pytest.raises(ValueError, match="smaller batches"):
-        network.engine._plan(3000)
+        network.engine._plan(3000, 1)
 
 
 def test_timed_run_says_where_the_time_went():
