@@ -114,8 +114,8 @@ def test_help_teaches_with_examples(capsys):
 
 def test_advice_names_levels_and_layers(found):
     row, layer = found.levels[0], found.layers[0]
-    fast = replace(row, timing=Timing(1.0, 1.0, 1.0, 3), prunable_kept=0.5)
-    dense = replace(found.dense, timing=Timing(2.0, 1.5, 2.5, 3))
+    fast = replace(row, timing=Timing(1.0, 1.0, 1.0, 1.0, 3), prunable_kept=0.5)
+    dense = replace(found.dense, timing=Timing(2.0, 1.5, 2.5, 1.5, 3))
     quick, slow = replace(layer, dense_ms=1e9), replace(layer, dense_ms=0.0)
     lines = list(advice(replace(found, dense=dense, levels=(fast,), layers=(quick,))))
     assert lines[0] == "Faster than dense beyond the spread of the rounds: 50 %."
@@ -123,7 +123,7 @@ def test_advice_names_levels_and_layers(found):
     held = replace(fast, prunable_kept=0.56)
     lines = list(advice(replace(found, dense=dense, levels=(held,), layers=(quick,))))
     assert lines[1].startswith("At 50 %, 56.0 % of the prunable weights are left")
-    near = replace(row, timing=Timing(1.4, 1.3, 1.6, 3))
+    near = replace(row, timing=Timing(1.4, 1.3, 1.6, 1.3, 3))
     lines = list(advice(replace(found, dense=dense, levels=(near,), layers=(quick, slow))))
     assert lines[0] == "Not faster than dense beyond the spread of the rounds: 50 %."
     assert "At 50 %, 1 of 2 layers gain no time: body. Leave them dense" in lines[-2]

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -271,10 +272,17 @@ class _Run:
         self.arguments[:, 2] = self.turns
         self.counter[0] = 0
         what = (self.kernel, self.arguments, self.counter.ctypes.data)
-        futures = self.helpers.start(probes.drive, [what] * (len(self.arguments) - 1))
+        others = len(self.arguments) - 1
+        done = threading.Semaphore(0)
+
+        def drive(*arguments: int) -> None:
+            probes.drive(*arguments)
+            done.release()
+
+        self.helpers.start(drive, [what] * others)
         probes.drive(*what)
-        for future in futures:
-            future.result()
+        for _ in range(others):
+            done.acquire()
 
     def calibrate(self, seconds: float) -> None:
         """Choose a number of turns that takes about so long."""

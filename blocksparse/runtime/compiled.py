@@ -83,22 +83,37 @@ class _Memory:
     """What one call writes to: values and counters. Calls at the same time have one each."""
 
     def __init__(self, plan: Plan) -> None:
-        self.scratch: list[npt.NDArray[np.float32]] = []
+        self._scratch: list[tuple[npt.NDArray[np.float32], int]] = []
+        self._scratch_bytes = plan.scratch
         # zeroed once: lanes beyond an image are computed on, and must not hold signalling garbage
         # a line in front: the left neighbour of the first pixel is read before it is masked
         raw = np.zeros(plan.floats + 2 * _CACHE_LINE // 4, np.float32)
         skip = _CACHE_LINE // 4 + -raw.ctypes.data % _CACHE_LINE // 4
-        self.values = raw[skip : skip + plan.floats]
-        counters = np.zeros(plan.counters + _CACHE_LINE // 8, np.int64)
+        values = raw[skip : skip + plan.floats]
+        size = program.GATE + plan.counters
+        counters = np.zeros(size + _CACHE_LINE // 8, np.int64)
         skip = -counters.ctypes.data % _CACHE_LINE // 8
-        self.counters = counters[skip : skip + plan.counters]
+        self.counters = counters[skip : skip + size]
+        self.calls = 0
+        # what `program.run` takes first; looking up an address takes a microsecond
+        self.fixed = (
+            plan.records, plan.integers, plan.vectors, values, values.ctypes.data, self.counters
+        )  # fmt: skip
 
-    def scratch_for(self, thread: int, nbytes: int) -> int:
+    def open_gate(self) -> int:
+        """Zero the counters and let helpers in; return the number of the call."""
+        self.calls = (self.calls + 1) % 2**31
+        self.counters[1:] = 0
+        self.counters[0] = self.calls << 32
+        return self.calls
+
+    def scratch(self, thread: int) -> int:
         """Address of the scratch memory of a thread."""
-        while len(self.scratch) <= thread:
-            self.scratch.append(np.zeros(nbytes // 4 + _CACHE_LINE // 4, np.float32))
-        address = int(self.scratch[thread].ctypes.data)
-        return address + -address % _CACHE_LINE
+        while len(self._scratch) <= thread:
+            raw = np.zeros((self._scratch_bytes + _CACHE_LINE) // 4, np.float32)
+            address = int(raw.ctypes.data)
+            self._scratch.append((raw, address + -address % _CACHE_LINE))
+        return self._scratch[thread][1]
 
 
 class _Ready:
@@ -201,41 +216,29 @@ class CompiledEngine:
         with self._lock:
             memory = ready.free.pop() if ready.free else None
         memory = memory or _Memory(ready.plan)
-        output = self._execute(ready.plan, memory, x, times)
+        output = self._execute(memory, x, times)
         with self._lock:
             ready.free.append(memory)
         return output
 
     def _execute(
         self,
-        plan: Plan,
         memory: _Memory,
         x: npt.NDArray[np.float32],
         times: list[npt.NDArray[np.int64]],
     ) -> npt.NDArray[np.float32]:
-        """Run a plan, one thread for each of `times`."""
+        """Run the plan of a memory, one thread for each of `times`."""
         batch, threads = len(x), len(times)
         output = np.empty((batch, *self.model.output_shape), np.float32)
-        memory.counters[:] = 0
+        number = memory.open_gate()
         # read-only arrays are another type to Numba, which would compile everything once more
         images = np.require(x, np.float32, ["C", "W"])
-        arguments = (
-            plan.records, plan.integers, plan.vectors, memory.values, memory.values.ctypes.data,
-            memory.counters.ctypes.data, images.reshape(-1), output.reshape(-1), batch,
-        )  # fmt: skip
+        fixed = (*memory.fixed, images.reshape(-1), output.reshape(-1), batch)
         calls = [
-            (*arguments, each, i, threads, memory.scratch_for(i, plan.scratch))
-            for i, each in enumerate(times)
+            (*fixed, each, i, threads, memory.scratch(i), number) for i, each in enumerate(times)
         ]
-        helpers = self._helpers.start(program.run, calls[1:])
-        try:
-            program.run(*calls[0])
-        finally:
-            # A helper that has not started is not needed any more; one that has is about to end,
-            # and must have left memory and counters before they are used again or given back.
-            for helper in helpers:
-                if not helper.cancel():
-                    helper.result()
+        self._helpers.start(program.run, calls[1:])
+        program.run(*calls[0])
         return output
 
     def close(self) -> None:
@@ -270,14 +273,14 @@ class CompiledEngine:
             for number in range(max(map(len, layers.values()))):
                 steps = self._lowered(packs, number)
                 plan = bind(self.model, steps, self.target, batch)
-                trials.append((steps, plan, _Memory(plan)))
+                trials.append((steps, _Memory(plan)))
             shape = (batch, *self.model.input_shape)
             x = np.random.default_rng(0).standard_normal(shape, np.float32)
             taken: list[list[dict[str, float]]] = [[] for _ in trials]
             for _ in range(ROUNDS + 1):
-                for (steps, plan, memory), rounds in zip(trials, taken, strict=True):
+                for (steps, memory), rounds in zip(trials, taken, strict=True):
                     times = _times(steps, threads)
-                    self._execute(plan, memory, x, times)
+                    self._execute(memory, x, times)
                     rounds.append(_trace(steps, times).by_node())
             self.algorithms.settle(
                 {

@@ -167,7 +167,11 @@ class _Binding:
 
     def _adaptive_pool(self, record: Record, step: Step) -> None:
         self._move(record, step)
-        channels = int(record[records.TARGET + 4])
+        channels = self.steps.shapes[step.source][0]
+        if step.details["flat"]:
+            target = self._layout(step.target)
+            flat = Layout(target.base, 1, target.image, 1, channels, 1, 1, -1)
+            _put(record, records.TARGET, flat)
         record[records.CHUNK] = -(-channels // ITEMS)
         record[records.ITEMS] = -(-channels // record[records.CHUNK])
 

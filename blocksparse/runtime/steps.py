@@ -140,6 +140,7 @@ class _Lowering:
                 )
         self.frames = layout.frames(graph, self.shapes)
         self.places = {name: Place(name) for name in self.shapes}
+        self.written: set[str] = set()  # flattened values that their source writes itself
         self.copied: dict[str, list[tuple[str, int]]] = {}  # concatenation -> parts to copy
         self.steps: list[Step] = []
         for node in graph.nodes:
@@ -299,6 +300,8 @@ class _Lowering:
         self._emit(records.COPY, node, node.inputs[0], node.name, scale=(1, 1, 1), shift=shift)
 
     def _flatten(self, node: Node) -> None:
+        if node.name in self.written:
+            return
         self._emit(
             records.COPY,
             node,
@@ -316,7 +319,13 @@ class _Lowering:
         self._emit(records.POOL, node, node.inputs[0], node.name, kind=records.AVG_POOL)
 
     def _adaptive_avg_pool2d(self, node: Node) -> None:
-        self._emit(records.ADAPTIVE_POOL, node, node.inputs[0], node.name)
+        readers = [other for other in self.model.graph.nodes if node.name in other.inputs]
+        target = node.name
+        flat = [reader.op for reader in readers] == ["flatten"] and node.shape[1:] == (1, 1)
+        if flat and node.name not in self.model.graph.outputs:
+            target = readers[0].name
+            self.written.add(target)
+        self._emit(records.ADAPTIVE_POOL, node, node.inputs[0], target, flat=target != node.name)
 
 
 _HANDLERS: dict[str, Callable[[_Lowering, Node], None]] = {

@@ -109,7 +109,7 @@ def test_weight_bytes_are_values_indices_and_bias():
 
 def grouped(net):
     """Steps by node, without input and output."""
-    steps = lower(net, host()).steps
+    steps = lower(net, host(), {}).steps
     groups = {}
     for step in steps[1:-1]:
         groups.setdefault(step.node.name, []).append(step)

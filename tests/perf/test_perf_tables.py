@@ -12,7 +12,7 @@ from blocksparse.perf import Timing
 
 
 def row(name, kind, ms, sparsity=0.0, spread=1.0):
-    return Row(name, kind, sparsity, Timing(ms, ms, ms * spread, 10), 1e-6, 1e-4)
+    return Row(name, kind, sparsity, Timing(ms, ms, ms * spread, ms, 10), 1e-6, 1e-4)
 
 
 def result(*rows, batch=1, left_out=()):

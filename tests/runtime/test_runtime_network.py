@@ -60,8 +60,8 @@ expected = network(x)
 child = os.fork()
 if child == 0:
     same = all(np.array_equal(network(x), expected) for _ in range(50))
-    # a pool without threads would keep every call
-    left = network.engine._helpers._pool._work_queue.qsize()
+    # a queue without threads would keep every call
+    left = network.engine._helpers._queue.qsize()
     os._exit(0 if same and left < 5 else 3)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -82,7 +82,7 @@ def test_helpers_keep_off_the_callers_core(model):
             os.sched_setaffinity(0, before)
             np.testing.assert_array_equal(network(x), expected)
             (helper,) = network.engine._helpers._threads
-            assert len(os.sched_getaffinity(helper)) == len(before) - 1
+            assert len(os.sched_getaffinity(helper.native_id)) == len(before) - 1
     finally:
         os.sched_setaffinity(0, before)
     assert os.sched_getaffinity(0) == before

@@ -12,7 +12,7 @@ from numba import njit
 
 from . import records as r
 from .intrinsics import call
-from .records import view, zero_beside
+from .records import view, zero_beside, zero_ends
 
 
 @njit(cache=True, nogil=True)
@@ -61,38 +61,25 @@ def phases_item(memory: Any, memory_at: int, step: Any, tables: Any, item: int, 
     planes, scale = step[r.PLANES], step[r.SCALE + 1]
     first = item * step[r.CHUNK]
     last = min(batch * b.height, first + step[r.CHUNK])
-    channel = 0
-    while channel < b.channels:
-        at = step[r.PLANE_SHIFTS] + 2 * (channel % planes)
-        shift = step[r.SHIFT + 1] + tables[at]
-        pair = channel % planes + 1 < planes and tables[at + 3] == 1  # the odd columns come next
-        line = first
-        while line < last:
-            n, y = line // b.height, line % b.height
-            rows = min(b.height - y, last - line)
-            # output rows whose input row exists
-            low = min(y + rows, max(y, -(shift // scale)))
-            high = max(low, min(y + rows, (a.height - 1 - shift) // scale + 1))
-            to = b.base + channel * b.channel + n * b.image
-            source = a.base + channel // planes * a.channel + n * a.image
-            for plane in range(2 if pair else 1):
-                start = to + plane * b.channel
-                for above in range(y, low):
-                    memory[start + above * b.row : start + (above + 1) * b.row] = 0
-                for below in range(high, y + rows):
-                    memory[start + below * b.row : start + (below + 1) * b.row] = 0
-            even = memory_at + 4 * (to + low * b.row)
+    line = first
+    while line < last:
+        n, y = line // b.height, line % b.height
+        rows = min(b.height - y, last - line)
+        source = a.base + n * a.image + step[r.SHIFT + 2]
+        plane = 0
+        while plane < planes:
+            at = step[r.PLANE_SHIFTS] + 2 * plane
+            pair = plane + 1 < planes and tables[at + 3] == 1  # the odd columns come next
+            even = memory_at + 4 * (b.base + plane * b.channel + n * b.image + y * b.row)
             call(
                 step[r.FAST],
                 (
-                    memory_at + 4 * (source + (low * scale + shift) * a.row + step[r.SHIFT + 2]),
-                    4 * scale * a.row, even, even + 4 * b.channel if pair else 0, 4 * b.row,
-                    step[r.COLUMN_MASKS], step[r.WITHIN], high - low, step[r.ROW_VECTORS],
+                    memory_at + 4 * source, 4 * a.row, 4 * a.channel,
+                    y * scale + step[r.SHIFT + 1] + tables[at], a.height, scale,
+                    even, even + 4 * b.channel if pair else 0, 4 * b.row, 4 * b.channel * planes,
+                    step[r.COLUMN_MASKS], step[r.WITHIN], a.channels, rows, step[r.ROW_VECTORS],
                 ),
             )  # fmt: skip
-            for plane in range(2 if pair else 1):
-                for edge in (y, y + rows - 1):
-                    if edge == 0 or edge == b.height - 1:
-                        zero_beside(memory, b, channel + plane, n, edge, batch)
-            line += rows
-        channel += 2 if pair else 1
+            plane += 2 if pair else 1
+        zero_ends(memory, b, 0, b.channels, n, y, rows, batch)
+        line += rows

@@ -44,6 +44,19 @@ def fetch_add(typing_context: Any, address: Any, amount: Any) -> Any:
 
 
 @intrinsic
+def compare_exchange(typing_context: Any, address: Any, old: Any, new: Any) -> Any:
+    """Write `new` to the 64-bit integer at ``address`` if it is `old`; return whether it was."""
+    signature = types.boolean(address, types.int64, types.int64)
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        pointer = builder.inttoptr(values[0], _I64.as_pointer())
+        result = builder.cmpxchg(pointer, values[1], values[2], "acq_rel", "acquire")
+        return builder.extract_value(result, 1)
+
+    return signature, codegen
+
+
+@intrinsic
 def store(typing_context: Any, address: Any, value: Any) -> Any:
     """Write the 64-bit integer at ``address``."""
     signature = types.void(address, types.int64)

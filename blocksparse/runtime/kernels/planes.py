@@ -12,7 +12,16 @@ from .writer import F32, FLOAT_BYTES, I32, I64, Writer
 
 
 class PlaneWriter(Writer):
-    """Loops over the rows of one channel and the vectors of a row."""
+    """Loops over channels, their rows and the vectors of a row."""
+
+    def row_at(self, x: ir.Value, place: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Whether a row is inside the image, and the address of the nearest row that is."""
+        b, arg = self.builder, self.arg
+        below = b.icmp_signed("<", place, I64(0))
+        beyond = b.icmp_signed(">=", place, arg["height"])
+        nearest = b.select(below, I64(0), place)
+        nearest = b.select(beyond, b.sub(arg["height"], I64(1)), nearest)
+        return b.not_(b.or_(below, beyond)), b.add(x, b.mul(nearest, arg["x_row"]))
 
     def columns_of(self, x: ir.Value, stride: int, column: int) -> list[ir.Value]:
         """Vectors of the pixels ``stride * lane + column``, and of those one pixel on.
@@ -33,9 +42,15 @@ class PlaneWriter(Writer):
 
 
 class PhaseCopy(PlaneWriter):
-    """Every second pixel of rows: one or both column phases of a channel."""
+    """Every second pixel of rows, all channels: one or both column phases of one row phase.
 
-    arguments = ("x", "x_row", "even", "odd", "y_row", "masks", "within", "count", "vectors")
+    Output row r comes from input row ``top + r * stride``, or is zero where that is outside.
+    """
+
+    arguments = (
+        "x", "x_row", "x_channel", "top", "height", "stride", "even", "odd", "y_row", "y_channel",
+        "masks", "within", "channels", "count", "vectors",
+    )  # fmt: skip
 
     def write(self) -> None:
         """Write the function."""
@@ -44,27 +59,36 @@ class PhaseCopy(PlaneWriter):
         size = self.lanes * FLOAT_BYTES
         # the masks of the odd phase lie behind those of the even one
         masks_odd = b.add(arg["masks"], b.mul(arg["vectors"], I64(self.bit_bytes)))
+        has_odd = b.icmp_unsigned("!=", arg["odd"], I64(0))
 
-        def row(state: list[ir.Value]) -> list[ir.Value]:
-            x, y = state
+        def channel(state: list[ir.Value]) -> list[ir.Value]:
+            x_start, y_start = state
 
-            def vector(state: list[ir.Value]) -> list[ir.Value]:
-                at, bit = state
-                pair = self.columns_of(b.add(x, b.shl(at, I64(1))), 2, 0)
-                within = self.mask(b.add(arg["within"], bit))
-                for value, masks, phase in zip(
-                    pair, (arg["masks"], masks_odd), ("even", "odd"), strict=True
-                ):
-                    inside = self.mask(b.add(masks, bit))
-                    with b.if_then(b.icmp_unsigned("!=", arg[phase], I64(0))):
-                        to = b.add(b.add(arg[phase], y), at)
-                        self.store_masked(b.select(inside, value, zero), to, within)
-                return [self.step(at, size), self.step(bit, self.bit_bytes)]
+            def row(state: list[ir.Value]) -> list[ir.Value]:
+                place, y = state
+                valid, x = self.row_at(x_start, place)
 
-            self.loop([I64(0), I64(0)], vector, arg["vectors"])
-            return [b.add(x, arg["x_row"]), b.add(y, arg["y_row"])]
+                def vector(state: list[ir.Value]) -> list[ir.Value]:
+                    at, bit = state
+                    even, odd = self.columns_of(b.add(x, b.shl(at, I64(1))), 2, 0)
+                    within = self.mask(b.add(arg["within"], bit))
+                    to = b.add(y, at)
+                    inside = self.mask(b.add(arg["masks"], bit))
+                    even = b.select(valid, b.select(inside, even, zero), zero)
+                    self.store_masked(even, b.add(arg["even"], to), within)
+                    with b.if_then(has_odd):
+                        inside = self.mask(b.add(masks_odd, bit))
+                        odd = b.select(valid, b.select(inside, odd, zero), zero)
+                        self.store_masked(odd, b.add(arg["odd"], to), within)
+                    return [self.step(at, size), self.step(bit, self.bit_bytes)]
 
-        self.loop([arg["x"], I64(0)], row)
+                self.loop([I64(0), I64(0)], vector, arg["vectors"])
+                return [b.add(place, arg["stride"]), b.add(y, arg["y_row"])]
+
+            self.loop([arg["top"], y_start], row)
+            return [b.add(x_start, arg["x_channel"]), b.add(y_start, arg["y_channel"])]
+
+        self.loop([arg["x"], I64(0)], channel, arg["channels"])
         b.ret_void()
 
 
@@ -76,8 +100,8 @@ class Pool(PlaneWriter):
     """
 
     arguments = (
-        "x", "x_row", "top", "height", "stride", "y", "y_row", "masks", "within", "divisors",
-        "divisors_row", "count", "vectors",
+        "x", "x_row", "x_channel", "top", "height", "stride", "y", "y_row", "y_channel", "masks",
+        "within", "divisors", "divisors_row", "channels", "count", "vectors",
     )  # fmt: skip
 
     def write(self) -> None:
@@ -85,58 +109,56 @@ class Pool(PlaneWriter):
         b, arg, kernel = self.builder, self.arg, self.kernel
         size = self.lanes * FLOAT_BYTES
         largest = kernel.op == "pool_max"
-        empty = ir.Constant(self.vector, [ir.Constant(F32, float("-inf"))] * self.lanes)
         zero = ir.Constant(self.vector, None)
+        empty = zero
+        if largest:
+            empty = ir.Constant(self.vector, [ir.Constant(F32, float("-inf"))] * self.lanes)
         per_column = b.mul(arg["vectors"], I64(self.bit_bytes))
 
-        def row(state: list[ir.Value]) -> list[ir.Value]:
-            top, y, divisors = state
-            rows, exist = [], []
-            for i in range(kernel.rows):
-                place = b.add(top, I64(i))
-                below, beyond = (
-                    b.icmp_signed("<", place, I64(0)),
-                    b.icmp_signed(">=", place, arg["height"]),
-                )
-                exist.append(b.not_(b.or_(below, beyond)))
-                place = b.select(below, I64(0), place)
-                place = b.select(beyond, b.sub(arg["height"], I64(1)), place)
-                rows.append(b.add(arg["x"], b.mul(place, arg["x_row"])))
+        def channel(state: list[ir.Value]) -> list[ir.Value]:
+            x_start, y_start = state
 
-            def vector(state: list[ir.Value]) -> list[ir.Value]:
-                at, bit = state
-                total = empty if largest else zero
-                masks = b.add(arg["masks"], bit)
-                insides = []
-                for _ in range(kernel.columns):
-                    insides.append(self.mask(masks))
-                    masks = b.add(masks, per_column)
-                step = b.mul(at, I64(kernel.width))
-                for x, real in zip(rows, exist, strict=True):
-                    for j in range(0, kernel.columns, kernel.width):
-                        values = self.columns_of(b.add(x, step), kernel.width, j)
-                        for k, value in enumerate(values[: kernel.columns - j]):
-                            value = b.select(insides[j + k], value, empty if largest else zero)
-                            if largest:
-                                total = self._larger(total, value)
-                            else:
-                                total = b.fadd(total, b.select(real, value, zero))
-                if not largest:
-                    total = b.fdiv(total, self.load(self.vector, b.add(divisors, at)))
-                within = b.add(arg["within"], bit)
-                inside = self.mask(b.add(within, per_column))
-                value = b.select(inside, total, zero)
-                self.store_masked(value, b.add(y, at), self.mask(within))
-                return [self.step(at, size), self.step(bit, self.bit_bytes)]
+            def row(state: list[ir.Value]) -> list[ir.Value]:
+                top, y, divisors = state
+                rows = [self.row_at(x_start, b.add(top, I64(i))) for i in range(kernel.rows)]
 
-            self.loop([I64(0), I64(0)], vector, arg["vectors"])
-            return [
-                b.add(top, arg["stride"]),
-                b.add(y, arg["y_row"]),
-                b.add(divisors, arg["divisors_row"]),
-            ]
+                def vector(state: list[ir.Value]) -> list[ir.Value]:
+                    at, bit = state
+                    total = empty
+                    masks = b.add(arg["masks"], bit)
+                    insides = []
+                    for _ in range(kernel.columns):
+                        insides.append(self.mask(masks))
+                        masks = b.add(masks, per_column)
+                    ahead = b.mul(at, I64(kernel.width))
+                    for valid, x in rows:
+                        for j in range(0, kernel.columns, kernel.width):
+                            values = self.columns_of(b.add(x, ahead), kernel.width, j)
+                            for k, value in enumerate(values[: kernel.columns - j]):
+                                value = b.select(insides[j + k], value, empty)
+                                if largest:
+                                    total = self._larger(total, value)
+                                else:
+                                    total = b.fadd(total, b.select(valid, value, zero))
+                    if not largest:
+                        total = b.fdiv(total, self.load(self.vector, b.add(divisors, at)))
+                    within = b.add(arg["within"], bit)
+                    inside = self.mask(b.add(within, per_column))
+                    value = b.select(inside, total, zero)
+                    self.store_masked(value, b.add(y, at), self.mask(within))
+                    return [self.step(at, size), self.step(bit, self.bit_bytes)]
 
-        self.loop([arg["top"], arg["y"], arg["divisors"]], row)
+                self.loop([I64(0), I64(0)], vector, arg["vectors"])
+                return [
+                    b.add(top, arg["stride"]),
+                    b.add(y, arg["y_row"]),
+                    b.add(divisors, arg["divisors_row"]),
+                ]
+
+            self.loop([arg["top"], y_start, arg["divisors"]], row)
+            return [b.add(x_start, arg["x_channel"]), b.add(y_start, arg["y_channel"])]
+
+        self.loop([arg["x"], arg["y"]], channel, arg["channels"])
         b.ret_void()
 
     def _larger(self, a: ir.Value, value: ir.Value) -> ir.Value:

@@ -13,7 +13,7 @@ from numba import njit
 
 from . import records as r
 from .intrinsics import call
-from .records import view, zero_beside
+from .records import view, zero_beside, zero_ends
 
 
 @njit(cache=True, nogil=True)
@@ -30,26 +30,23 @@ def _pool_fast(memory: Any, memory_at: int, step: Any, item: int, batch: int) ->
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     first = item * step[r.CHUNK]
     last = min(batch * b.height, first + step[r.CHUNK])
-    for channel in range(b.channels):
-        line = first
-        while line < last:
-            n, y = line // b.height, line % b.height
-            rows = min(b.height - y, last - line)
-            x = memory_at + 4 * (a.base + channel * a.channel + n * a.image - step[r.PAD_W])
-            at = b.base + channel * b.channel + n * b.image + y * b.row
-            call(
-                step[r.FAST],
-                (
-                    x, 4 * a.row, y * step[r.STRIDE_H] - step[r.PAD_H], a.height, step[r.STRIDE_H],
-                    memory_at + 4 * at, 4 * b.row, step[r.COLUMN_MASKS], step[r.WITHIN],
-                    step[r.DIVISORS] + 4 * y * step[r.ROW_VECTORS] * step[r.LANES],
-                    4 * step[r.ROW_VECTORS] * step[r.LANES], rows, step[r.ROW_VECTORS],
-                ),
-            )  # fmt: skip
-            for edge in (y, y + rows - 1):
-                if edge == 0 or edge == b.height - 1:
-                    zero_beside(memory, b, channel, n, edge, batch)
-            line += rows
+    line = first
+    while line < last:
+        n, y = line // b.height, line % b.height
+        rows = min(b.height - y, last - line)
+        call(
+            step[r.FAST],
+            (
+                memory_at + 4 * (a.base + n * a.image - step[r.PAD_W]), 4 * a.row, 4 * a.channel,
+                y * step[r.STRIDE_H] - step[r.PAD_H], a.height, step[r.STRIDE_H],
+                memory_at + 4 * (b.base + n * b.image + y * b.row), 4 * b.row, 4 * b.channel,
+                step[r.COLUMN_MASKS], step[r.WITHIN],
+                step[r.DIVISORS] + 4 * y * step[r.ROW_VECTORS] * step[r.LANES],
+                4 * step[r.ROW_VECTORS] * step[r.LANES], b.channels, rows, step[r.ROW_VECTORS],
+            ),
+        )  # fmt: skip
+        zero_ends(memory, b, 0, b.channels, n, y, rows, batch)
+        line += rows
 
 
 @njit(cache=True, nogil=True)

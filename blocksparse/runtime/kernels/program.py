@@ -2,9 +2,10 @@
 
 Every thread walks the same list of steps and takes work items until a step has none left, then
 waits for the items that others are still computing. Nobody waits for a thread to arrive: a helper
-that the operating system starts late, or never, only leaves more items to the others. An item
-always computes the same outputs in the same order, so results do not depend on the number of
-threads.
+that the operating system starts late, or never, only leaves more items to the others. Helpers enter
+through a gate, which the calling thread shuts when all is done, and who comes after that leaves
+again; so a call does not wait for the operating system at its end either. An item always computes
+the same outputs in the same order, so results do not depend on the number of threads.
 
 The items of a step are cut into one queue a thread, in order; a thread empties its own queue first
 and then helps with the next. Items lie in the order of pixels, so a thread reads most of what it
@@ -22,7 +23,7 @@ from . import records as r
 from .convolution import conv_item
 from .copying import copy_item, phases_item
 from .elementwise import elementwise_item
-from .intrinsics import fetch_add, give_way, load_acquire, now, pause, store
+from .intrinsics import compare_exchange, fetch_add, give_way, load_acquire, now, pause, store
 from .linear import linear_item
 from .pooling import adaptive_pool_item, pool_item
 from .winograd import winograd_item
@@ -33,6 +34,15 @@ QUEUES = 8
 LINE = 8
 """int64 values of a cache line; every counter has one of its own."""
 
+LINGER = 500
+"""Turns of a waiting loop that a helper takes on its way out, some ten microseconds."""
+
+GATE = 2 * LINE
+"""int64 values before the counters: the gate, and how many helpers have left through it."""
+
+SHUT = 1 << 31
+"""Bit of the gate. Below it, the helpers that entered; above it, the number of the call."""
+
 COUNTER_STRIDE = LINE * (1 + QUEUES)
 """int64 counters of one step: finished items, then the items taken from every queue."""
 
@@ -42,9 +52,9 @@ PATIENCE = 2000
 
 @njit(cache=True, nogil=True)
 def run(
-    program: Any, tables: Any, vectors: Any, memory: Any, memory_at: int, counters_at: int, x: Any,
+    program: Any, tables: Any, vectors: Any, memory: Any, memory_at: int, counters: Any, x: Any,
     y: Any, batch: int, times: Any, thread: int, threads: int,
-    scratch_at: int,
+    scratch_at: int, call_number: int,
 ) -> None:  # fmt: skip
     """Run a program, or help to.
 
@@ -58,8 +68,8 @@ def run(
         Scales and shifts.
     memory : ndarray of float32, 1-D
         Where all values lie; ``memory_at`` is its address.
-    counters_at : int
-        Address of ``steps * COUNTER_STRIDE`` zeroed int64.
+    counters : ndarray of int64, shape (GATE + steps * COUNTER_STRIDE,)
+        Zeros but for the first, the open gate: ``call << 32``.
     x, y : ndarray of float32, 1-D
         Input and output, contiguous.
     batch : int
@@ -71,7 +81,13 @@ def run(
         Which thread this is, from 0, of how many.
     scratch_at : int
         Address of this thread's own scratch memory.
+    call_number : int
+        Which call this thread is here for; the helpers of one that is over leave again.
     """
+    gate = counters.ctypes.data
+    if thread > 0 and not _enter(gate, call_number):
+        return
+    counters_at = gate + 8 * GATE
     timed = times.shape[0] > 0
     store(scratch_at, -1)  # it holds nothing of this call yet
     queues = min(threads, QUEUES)
@@ -103,6 +119,26 @@ def run(
                 give_way()
         if timed:
             times[s + 1, 1] = now()
+    left = gate + 8 * LINE
+    if thread > 0:
+        fetch_add(left, 1)
+        # Back in Python this thread takes the interpreter's lock. The caller wants it now.
+        for _ in range(LINGER):
+            pause()
+    else:
+        entered = fetch_add(gate, SHUT) & (SHUT - 1)
+        while load_acquire(left) < entered:  # they are past their last item
+            pause()
+
+
+@njit(cache=True, nogil=True)
+def _enter(gate: int, call_number: int) -> bool:
+    while True:
+        state = load_acquire(gate)
+        if state >> 32 != call_number or state & SHUT:
+            return False
+        if compare_exchange(gate, state, state + 1):
+            return True
 
 
 @njit(cache=True, nogil=True)

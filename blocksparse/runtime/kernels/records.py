@@ -104,3 +104,20 @@ def zero_beside(memory: Any, to: View, channel: int, n: int, y: int, batch: int)
         memory[end : start + (n + 1) * to.image] = 0
     else:
         memory[end : end + to.margin] = 0
+
+
+@njit(cache=True, nogil=True)
+def zero_ends(
+    memory: Any, to: View, first: int, last: int, n: int, y: int, rows: int, batch: int
+) -> None:
+    """Do `zero_beside` for channels whose rows were written whole, padding columns included.
+
+    Only the first and the last row of an image have anything else beside them.
+    """
+    if y != 0 and y + rows != to.height:
+        return
+    for channel in range(first, last):
+        if y == 0:
+            zero_beside(memory, to, channel, n, 0, batch)
+        if y + rows == to.height:
+            zero_beside(memory, to, channel, n, to.height - 1, batch)

@@ -1,7 +1,7 @@
 """Winograd's transforms: six rows of pixels to six planes on the way in, six planes to four rows.
 
-One call covers one channel and one tile row of an image: all its columns, a vector at a time. The
-matrices are constants of the code: a zero costs nothing, and every other entry is one FMA at most.
+One call covers one tile row of an image, all its columns, a vector at a time, and many channels.
+The matrices are constants of the code: a zero costs nothing, any other entry one FMA at most.
 """
 
 # T rows of a tile and planes (6), M output rows of a tile (4)
@@ -36,69 +36,109 @@ class _Transform(Writer):
 
 
 class WinogradInput(_Transform):
-    """Rows of one channel to the planes of one tile row."""
+    """Rows of all channels to the planes of one tile row.
 
-    arguments = ("r0", "r1", "r2", "r3", "r4", "r5", "y", "y_plane", "count")
-
-    def write(self) -> None:
-        """Write the function."""
-        b, arg = self.builder, self.arg
-        bytes_ = self.lanes * FLOAT_BYTES
-
-        def vector(state: list[ir.Value]) -> list[ir.Value]:
-            (at,) = state
-            rows = [self.load(self.vector, b.add(arg[f"r{i}"], at)) for i in range(len(INPUT))]
-            y = b.add(arg["y"], at)
-            for row in INPUT:
-                self.store(self.combine(row, rows), y)
-                y = b.add(y, arg["y_plane"])
-            return [self.step(at, bytes_)]
-
-        self.loop([I64(0)], vector)
-        b.ret_void()
-
-
-class WinogradOutput(_Transform):
-    """Planes of one tile row to rows of one output channel, through the epilogue."""
+    Rows outside the image are read from ``zeros``. Where ``first`` is not 0, a vector of zeros is
+    written in front of every plane: the left padding of the band's first row.
+    """
 
     arguments = (
-        "x", "x_plane", "y", "y_row", "residual", "residual_row", "bias", "inside", "within",
-        "rows", "bounds", "count",
+        "x", "x_row", "x_channel", "top", "height", "zeros", "y", "y_plane", "y_channel", "first",
+        "channels", "count",
     )  # fmt: skip
 
     def write(self) -> None:
         """Write the function."""
         b, arg = self.builder, self.arg
-        bias = self.splat(self.load(F32, arg["bias"]), self.vector)
+        size = self.lanes * FLOAT_BYTES
+        starts, strides = [], []
+        for i in range(len(INPUT)):
+            place = b.add(arg["top"], I64(i))
+            # negative places are large as unsigned
+            valid = b.icmp_unsigned("<", place, arg["height"])
+            row = b.add(arg["x"], b.mul(place, arg["x_row"]))
+            starts.append(b.select(valid, row, arg["zeros"]))
+            strides.append(b.select(valid, arg["x_channel"], I64(0)))
+        is_first = b.icmp_unsigned("!=", arg["first"], I64(0))
+        zero = ir.Constant(self.vector, None)
+
+        def channel(state: list[ir.Value]) -> list[ir.Value]:
+            y, *rows = state
+            with b.if_then(is_first):
+                lead = b.sub(y, I64(size))
+                for _ in INPUT:
+                    self.store(zero, lead)
+                    lead = b.add(lead, arg["y_plane"])
+
+            def vector(state: list[ir.Value]) -> list[ir.Value]:
+                (at,) = state
+                pixels = [self.load(self.vector, b.add(row, at)) for row in rows]
+                to = b.add(y, at)
+                for weights in INPUT:
+                    self.store(self.combine(weights, pixels), to)
+                    to = b.add(to, arg["y_plane"])
+                return [self.step(at, size)]
+
+            self.loop([I64(0)], vector)
+            following = [b.add(row, stride) for row, stride in zip(rows, strides, strict=True)]
+            return [b.add(y, arg["y_channel"]), *following]
+
+        self.loop([arg["y"], *starts], channel, arg["channels"])
+        b.ret_void()
+
+
+class WinogradOutput(_Transform):
+    """Planes of one tile row to rows of some output channels, through the epilogue."""
+
+    arguments = (
+        "x", "x_plane", "x_channel", "y", "y_row", "y_channel", "residual", "residual_row",
+        "residual_channel", "bias", "inside", "within", "rows", "bounds", "channels", "count",
+    )  # fmt: skip
+
+    def write(self) -> None:
+        """Write the function."""
+        b, arg = self.builder, self.arg
         has_residual = b.icmp_unsigned("!=", arg["residual"], I64(0))
         zero = ir.Constant(self.vector, None)
 
-        def vector(state: list[ir.Value]) -> list[ir.Value]:
-            at, bits = state
-            x = b.add(arg["x"], at)
-            planes = []
-            for _ in INPUT:
-                planes.append(self.load(self.vector, x))
-                x = b.add(x, arg["x_plane"])
-            inside, within = (self.mask(b.add(arg[name], bits)) for name in ("inside", "within"))
-            y, beside = b.add(arg["y"], at), b.add(arg["residual"], at)
-            for i, row in enumerate(OUTPUT):
-                value = b.fadd(self.combine(row, planes), bias)
-                with b.if_then(b.icmp_signed(">", arg["rows"], I64(i))):
-                    start = b.block
-                    with b.if_then(has_residual):
-                        # beyond the row lies another one, or its padding: always memory of ours
-                        added = b.fadd(value, self.load(self.vector, beside))
-                        end = b.block
-                    merged = b.phi(self.vector)
-                    merged.add_incoming(value, start)
-                    merged.add_incoming(added, end)
-                    self.store_masked(b.select(inside, self.clamp(merged), zero), y, within)
-                y, beside = b.add(y, arg["y_row"]), b.add(beside, arg["residual_row"])
+        def channel(state: list[ir.Value]) -> list[ir.Value]:
+            x_start, y_start, residual, bias_at = state
+            bias = self.splat(self.load(F32, bias_at), self.vector)
+
+            def vector(state: list[ir.Value]) -> list[ir.Value]:
+                at, bits = state
+                x = b.add(x_start, at)
+                planes = []
+                for _ in INPUT:
+                    planes.append(self.load(self.vector, x))
+                    x = b.add(x, arg["x_plane"])
+                inside, within = (
+                    self.mask(b.add(arg[name], bits)) for name in ("inside", "within")
+                )
+                y, beside = b.add(y_start, at), b.add(residual, at)
+                for i, row in enumerate(OUTPUT):
+                    value = b.fadd(self.combine(row, planes), bias)
+                    with b.if_then(b.icmp_signed(">", arg["rows"], I64(i))):
+                        start = b.block
+                        with b.if_then(has_residual):
+                            # beyond the row lies another one, or padding: always memory of ours
+                            added = b.fadd(value, self.load(self.vector, beside))
+                            end = b.block
+                        merged = b.phi(self.vector)
+                        merged.add_incoming(value, start)
+                        merged.add_incoming(added, end)
+                        clamped = b.select(inside, self.clamp(merged), zero)
+                        self.store_masked(clamped, y, within)
+                    y, beside = b.add(y, arg["y_row"]), b.add(beside, arg["residual_row"])
+                return [self.step(at, self.lanes * FLOAT_BYTES), self.step(bits, self.bit_bytes)]
+
+            self.loop([I64(0), I64(0)], vector)
             return [
-                self.step(at, self.lanes * FLOAT_BYTES),
-                self.step(bits, self.bit_bytes),
+                b.add(x_start, arg["x_channel"]),
+                b.add(y_start, arg["y_channel"]),
+                b.add(residual, arg["residual_channel"]),
+                self.step(bias_at, FLOAT_BYTES),
             ]
 
-        self.loop([I64(0), I64(0)], vector)
+        self.loop([arg["x"], arg["y"], arg["residual"], arg["bias"]], channel, arg["channels"])
         b.ret_void()

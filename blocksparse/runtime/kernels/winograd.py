@@ -19,7 +19,7 @@ from numba import njit
 from . import records as r
 from .convolution import width_of
 from .intrinsics import call, load_acquire, store
-from .records import view
+from .records import view, zero_ends
 from .winograd_matrices import OUTPUTS, PLANES
 
 HEADER = 64
@@ -69,11 +69,10 @@ def winograd_item(
                     ),
                 )  # fmt: skip
                 v += width
-        k = tables[at + r.TILE_FIRST]
-        for channel in range(k, k + tables[at + r.TILE_ROWS]):
+        for t in range(first, last):
             _outputs(
-                memory, memory_at, step, first, last, channel,
-                sums + 4 * (channel - k) * step[r.SUMS_ROW], batch,
+                memory, memory_at, step, t, tables[at + r.TILE_FIRST], tables[at + r.TILE_ROWS],
+                sums + 4 * (t - first) * b.row, batch,
             )  # fmt: skip
 
 
@@ -81,67 +80,40 @@ def winograd_item(
 def _planes(memory_at: int, step: Any, first: int, last: int, planes: int) -> None:
     """Transform the input rows of a band."""
     a = view(step, r.SOURCE)
-    per_image, lanes = step[r.TILE_ROWS_IMAGE], step[r.LANES]
-    vectors = -(-a.row // lanes)
-    for channel in range(a.channels):
-        y = planes + 4 * channel * step[r.PLANE_CHANNEL]
-        for plane in range(PLANES):  # left padding of the first row
-            for i in range(0, lanes, 2):
-                store(y + 4 * plane * step[r.PLANE] + 4 * i, 0)
-        for t in range(first, last):
-            image = memory_at + 4 * (a.base + channel * a.channel + t // per_image * a.image)
-            top = t % per_image * OUTPUTS - step[r.PAD_TOP]
-            zeros = step[r.ZEROS]
-            row = image + 4 * top * a.row
-            call(
-                step[r.INPUT_KERNEL],
-                (
-                    row if 0 <= top < a.height else zeros,
-                    row + 4 * a.row if 0 <= top + 1 < a.height else zeros,
-                    row + 8 * a.row if 0 <= top + 2 < a.height else zeros,
-                    row + 12 * a.row if 0 <= top + 3 < a.height else zeros,
-                    row + 16 * a.row if 0 <= top + 4 < a.height else zeros,
-                    row + 20 * a.row if 0 <= top + 5 < a.height else zeros,
-                    y + 4 * lanes + 4 * (t - first) * a.row,
-                    4 * step[r.PLANE],
-                    vectors,
-                ),
-            )
+    lanes = step[r.LANES]
+    for t in range(first, last):
+        n, top = t // step[r.TILE_ROWS_IMAGE], t % step[r.TILE_ROWS_IMAGE] * OUTPUTS
+        call(
+            step[r.INPUT_KERNEL],
+            (
+                memory_at + 4 * (a.base + n * a.image), 4 * a.row, 4 * a.channel,
+                top - step[r.PAD_TOP], a.height, step[r.ZEROS],
+                planes + 4 * (lanes + (t - first) * a.row), 4 * step[r.PLANE],
+                4 * step[r.PLANE_CHANNEL], 1 if t == first else 0, a.channels, -(-a.row // lanes),
+            ),
+        )  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
 def _outputs(
-    memory: Any, memory_at: int, step: Any, first: int, last: int, channel: int, sums: int,
-    batch: int,
-) -> None:  # fmt: skip
-    """Transform the planes of one output channel and zero the padding around its rows."""
+    memory: Any, memory_at: int, step: Any, t: int, k: int, channels: int, sums: int, batch: int
+) -> None:
+    """Transform the sums of one tile row and zero the padding around the rows."""
     b, other = view(step, r.TARGET), view(step, r.OTHER)
-    per_image = step[r.TILE_ROWS_IMAGE]
-    vectors = -(-b.row // step[r.LANES])
-    start = b.base + channel * b.channel
-    for t in range(first, last):
-        n, y = t // per_image, t % per_image * OUTPUTS
-        rows = min(OUTPUTS, b.height - y)
-        residual = 0
-        if other.base >= 0:
-            residual = memory_at + 4 * (
-                other.base + channel * other.channel + n * other.image + y * other.row
-            )
-        image = start + n * b.image
-        call(
-            step[r.OUTPUT_KERNEL],
-            (
-                sums + 4 * (t - first) * b.row, 4 * step[r.SUMS_PLANE],
-                memory_at + 4 * (image + y * b.row), 4 * b.row, residual, 4 * other.row,
-                step[r.BIAS] + 4 * channel, step[r.INSIDE], step[r.WITHIN], rows, step[r.BOUNDS],
-                vectors,
-            ),
-        )  # fmt: skip
-        if t == 0:
-            memory[start - b.margin : start] = 0
-        if y + rows == b.height:
-            below = image + b.height * b.row
-            if n < batch - 1:
-                memory[below : image + b.image] = 0
-            else:
-                memory[below : below + b.margin] = 0
+    n, y = t // step[r.TILE_ROWS_IMAGE], t % step[r.TILE_ROWS_IMAGE] * OUTPUTS
+    rows = min(OUTPUTS, b.height - y)
+    residual = 0
+    if other.base >= 0:
+        at = other.base + k * other.channel + n * other.image + y * other.row
+        residual = memory_at + 4 * at
+    start = b.base + k * b.channel
+    call(
+        step[r.OUTPUT_KERNEL],
+        (
+            sums, 4 * step[r.SUMS_PLANE], 4 * step[r.SUMS_ROW],
+            memory_at + 4 * (start + n * b.image + y * b.row), 4 * b.row, 4 * b.channel,
+            residual, 4 * other.row, 4 * other.channel, step[r.BIAS] + 4 * k, step[r.INSIDE],
+            step[r.WITHIN], rows, step[r.BOUNDS], channels, -(-b.row // step[r.LANES]),
+        ),
+    )  # fmt: skip
+    zero_ends(memory, b, k, k + channels, n, y, rows, batch)
