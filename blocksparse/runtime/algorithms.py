@@ -36,19 +36,26 @@ class Algorithm(StrEnum):
     """How a convolution is computed."""
 
     DIRECT = "direct"
-    WINOGRAD = "winograd"
+    COLUMNS = "winograd 4x1"
+    TILES = "winograd 4x4"
     DENSE = "dense"
-    DENSE_WINOGRAD = "dense winograd"
+    DENSE_COLUMNS = "dense winograd 4x1"
+    DENSE_TILES = "dense winograd 4x4"
 
     @property
     def dense(self) -> bool:
         """Whether the weight is taken as if it had no zeros."""
-        return self in (Algorithm.DENSE, Algorithm.DENSE_WINOGRAD)
+        return self.value.startswith("dense")
 
     @property
-    def winograd(self) -> bool:
-        """Whether the sums go through Winograd's transforms."""
-        return self in (Algorithm.WINOGRAD, Algorithm.DENSE_WINOGRAD)
+    def columns(self) -> bool:
+        """Whether the sums go through Winograd's transforms down the columns."""
+        return self.value.endswith("4x1")
+
+    @property
+    def tiles(self) -> bool:
+        """Whether the sums go through Winograd's transforms in both directions."""
+        return self.value.endswith("4x4")
 
 
 @dataclass(frozen=True)
@@ -96,19 +103,24 @@ def ways(node: Node, weight: Weight, target: Target, allow_winograd: bool) -> li
         are lower than those of a dense one: whole tiles of blocks cost per nonzero what dense
         weights cost.
     """
-    fits = allow_winograd and winograd.applies(node, (weight.shape[2], weight.shape[3]), target)
-    result = [Algorithm.DIRECT]
-    if fits and not isinstance(weight, NMWeight):
-        result.append(Algorithm.WINOGRAD)
+    kernel = (weight.shape[2], weight.shape[3])
+    columns = allow_winograd and winograd.applies(node, kernel, target)
+    tiles = allow_winograd and winograd.applies_both(node, kernel, target)
     outputs = weight.shape[0]
     low = isinstance(weight, BsrWeight) and min(weight.block[0], outputs) < min(
         target.rows, outputs
     )
-    if node.attrs["groups"] == 1 and (low or isinstance(weight, NMWeight)):
-        result.append(Algorithm.DENSE)
-        if fits:
-            result.append(Algorithm.DENSE_WINOGRAD)
-    return result
+    packed = isinstance(weight, NMWeight)
+    as_dense = node.attrs["groups"] == 1 and (low or packed)
+    listed = {
+        Algorithm.DIRECT: True,
+        Algorithm.COLUMNS: columns and not packed,
+        Algorithm.TILES: tiles and not packed,
+        Algorithm.DENSE: as_dense,
+        Algorithm.DENSE_COLUMNS: as_dense and columns,
+        Algorithm.DENSE_TILES: as_dense and tiles,
+    }
+    return [way for way, possible in listed.items() if possible]
 
 
 def layer_key(node: Node, weight: Weight) -> str:
@@ -141,7 +153,7 @@ class Memory:
     """
 
     def __init__(self, target: Target) -> None:
-        digest = hashlib.sha256(f"1 {describe(target)} {target.features}".encode()).hexdigest()
+        digest = hashlib.sha256(f"2 {describe(target)} {target.features}".encode()).hexdigest()
         self.path: Path = cache_folder() / f"layers-{digest[:16]}.json"
 
     def read(self) -> dict[str, dict[str, float]]:

@@ -83,6 +83,7 @@ class _Memory:
     """What one call writes to: values and counters. Calls at the same time have one each."""
 
     def __init__(self, plan: Plan) -> None:
+        self.plan = plan  # its records hold addresses of its arrays
         self._scratch: list[tuple[npt.NDArray[np.float32], int]] = []
         self._scratch_bytes = plan.scratch
         # zeroed once: lanes beyond an image are computed on, and must not hold signalling garbage

@@ -21,7 +21,7 @@ from .kernels.target import Target
 from .kernels.writer import Kernel
 from .layout import Layout
 from .memory import Lifetime, assign
-from .products import ITEMS, fill_conv, fill_linear, fill_winograd, lane_bits
+from .products import ITEMS, fill_conv, fill_linear, fill_tiles, fill_winograd, lane_bits
 from .steps import Step, Steps, kernel_size
 from .tables import Tables
 
@@ -111,6 +111,7 @@ class _Binding:
             records.CONV: self._product,
             records.CONV_NM: self._product,
             records.WINOGRAD: self._product,
+            records.TILES_CONV: self._product,
             records.LINEAR: self._product,
             records.LINEAR_NM: self._product,
             records.POOL: self._pool,
@@ -283,8 +284,9 @@ class _Binding:
             bias = np.zeros(self.model.weights[name].shape[0], np.float32)
         if step.op in (records.LINEAR, records.LINEAR_NM):
             fill_linear(record, step, step.packed, bias, self.target, self.tables)
-        elif step.op == records.WINOGRAD:
-            needed = fill_winograd(
+        elif step.op in (records.WINOGRAD, records.TILES_CONV):
+            fill = fill_tiles if step.op == records.TILES_CONV else fill_winograd
+            needed = fill(
                 record, step, step.packed, bias, self.target, self.tables, output, self.batch
             )
             self.scratch = max(self.scratch, needed)

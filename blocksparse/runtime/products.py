@@ -16,6 +16,7 @@ from .kernels import objects, records
 from .kernels.target import Target
 from .kernels.winograd import HEADER
 from .kernels.winograd_matrices import OUTPUTS, PLANES
+from .kernels.winograd_tiles import WIDEST
 from .kernels.writer import Kernel
 from .layout import Layout
 from .prepack import Packed
@@ -39,6 +40,7 @@ KERNELS: dict[int, tuple[str, tuple[int, ...]]] = {
     records.CONV: ("sparse_conv", (1, 2, 3)),
     records.CONV_NM: ("nm_conv", (1, 2, 4, 8)),
     records.WINOGRAD: ("sparse_product", (1, 2, 3)),
+    records.TILES_CONV: ("sparse_product", (1, 2)),
     records.LINEAR: ("sparse_linear", (1, 2, 4)),
     records.LINEAR_NM: ("nm_linear", (1, 2, 4)),
 }
@@ -152,6 +154,64 @@ def fill_winograd(
     )
     record[records.ITEMS] = bands * parts
     return HEADER + 4 * PLANES * (plane + packed.rows * sums)
+
+
+def fill_tiles(
+    record: npt.NDArray[np.int64],
+    step: Step,
+    packed: Packed,
+    bias: npt.NDArray[np.float32],
+    target: Target,
+    tables: Tables,
+    output: Layout,
+    batch: int,
+) -> int:
+    """Fill the record of a convolution in tiles; return the bytes of scratch memory it needs."""
+    lanes, planes = target.lanes, PLANES * PLANES
+    source = Layout(*record[records.SOURCE : records.SOURCE + 8].tolist())
+    across = -(-output.width // OUTPUTS)
+    down = -(-output.height // OUTPUTS)
+    groups = next(g for g in (4, 2, 1) if g == 1 or (g <= down and across <= lanes // g))
+    along = -(-across * groups // lanes)
+    per_image = -(-down // groups) * along
+    units = batch * per_image
+    band = max(1, BAND_BYTES // (4 * planes * source.channels * lanes))
+    bands = -(-units // band)
+    if packed.values.nbytes <= SPLIT * source.channels * output.height * output.row * 4 * batch:
+        bands = max(bands, min(LEAST, units))
+    if bands % LEAST and bands > 1:
+        bands = min(bands + 1, units)
+    band = -(-units // bands)
+    bands = -(-units // band)
+    line = layout.odd_lines(band * lanes)
+    plane = layout.odd_lines(source.channels * line)
+    record[records.TILE_ROWS_ALL] = units
+    record[records.BAND] = band
+    record[records.TILE_ROWS_IMAGE] = per_image
+    record[records.GROUPS] = groups
+    record[records.UNITS_ROW] = along
+    record[records.LANES] = lanes
+    record[[records.PAD_TOP, records.PAD_LEFT]] = step.node.attrs["padding"]
+    record[records.PLANE_CHANNEL] = line
+    record[records.PLANE] = plane
+    record[records.SUMS_ROW] = WIDEST * lanes
+    record[records.SUMS_PLANE] = packed.rows * WIDEST * lanes
+    record[records.STEP_BYTES] = 4 * packed.rows * packed.columns
+    record[records.INPUT_KERNEL] = objects.address(Kernel("tile_input", width=groups), target)
+    record[records.OUTPUT_KERNEL] = objects.address(Kernel("tile_output", width=groups), target)
+    record[records.ZEROS] = tables.address(np.zeros((along + 1) * OUTPUTS * lanes, np.float32))
+    # the four vectors of a unit along a row, [unit][vector][lane]: which pixel each lane holds
+    pixel = np.arange(OUTPUTS * lanes).reshape(OUTPUTS, lanes) % (OUTPUTS * lanes // groups)
+    pixel = pixel + np.arange(along)[:, None, None] * OUTPUTS * lanes
+    read = pixel - step.node.attrs["padding"][1]
+    inside = [(at >= 0) & (at < source.width) for at in (read, read + OUTPUTS)]
+    record[records.INSIDE] = tables.address(lane_bits(np.concatenate(inside, axis=1), lanes))
+    written = [pixel < output.width, pixel < output.row]
+    record[records.WITHIN] = tables.address(lane_bits(np.concatenate(written, axis=1), lanes))
+    offsets = (packed.channels.astype(np.int64) * line).astype(np.int32)
+    parts = _fill(record, step, packed, offsets, bias, target, tables, -(-ITEMS // bands))
+    record[records.ITEMS] = bands * parts
+    return HEADER + 4 * planes * (plane + packed.rows * WIDEST * lanes)
 
 
 def conv_offsets(

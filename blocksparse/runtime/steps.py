@@ -216,13 +216,14 @@ class _Lowering:
             self.packs[node.name, stored] = pack(weight, node.attrs["groups"], self.target)
         packed = self.packs[node.name, stored]
         if way is None:
-            way = Algorithm.WINOGRAD if self._rule(node, packed, source) else Algorithm.DIRECT
-        if not way.winograd:
+            way = Algorithm.COLUMNS if self._rule(node, packed, source) else Algorithm.DIRECT
+        if not (way.columns or way.tiles):
             return records.CONV, packed
         if (node.name, way) not in self.packs:
             width = kernel_size(self.model, node)[1]
-            self.packs[node.name, way] = winograd.transform(packed, width)
-        return records.WINOGRAD, self.packs[node.name, way]
+            self.packs[node.name, way] = winograd.transform(packed, width, both=way.tiles)
+        op = records.TILES_CONV if way.tiles else records.WINOGRAD
+        return op, self.packs[node.name, way]
 
     def _rule(self, node: Node, packed: Packed, source: str) -> bool:
         """Whether a layer that nobody measured goes through Winograd."""

@@ -69,7 +69,12 @@ def applies(node: Node, kernel: tuple[int, int], target: Target) -> bool:
     )
 
 
-def transform(packed: Packed, width: int) -> Packed:
+def applies_both(node: Node, kernel: tuple[int, int], target: Target) -> bool:
+    """Whether a convolution can go through tiles in both directions: as `applies`, and 3 x 3."""
+    return applies(node, kernel, target) and kernel[1] == TAPS and node.attrs["dilation"][1] == 1
+
+
+def transform(packed: Packed, width: int, both: bool = False) -> Packed:
     """Turn a prepared weight of kernel height 3 into planes.
 
     Parameters
@@ -78,6 +83,9 @@ def transform(packed: Packed, width: int) -> Packed:
         As `prepack.pack` returns it; not N:M.
     width : int
         Kernel width.
+    both : bool
+        Transform rows as well as columns, for a width of 3: P is 36 in place of 6, and nothing is
+        left of the kernel columns.
 
     Returns
     -------
@@ -85,7 +93,7 @@ def transform(packed: Packed, width: int) -> Packed:
         A tile's values are plane after plane, ``[P][S][J][R]``; positions are kernel columns. The
         sums are taken in float64 and rounded once.
     """
-    matrix = np.array(WEIGHT)
+    matrix = np.kron(WEIGHT, WEIGHT) if both else np.array(WEIGHT)
     size = packed.columns * packed.rows
     values, channels, columns, tiles = [], [], [], []
     place = steps = 0
@@ -94,19 +102,21 @@ def transform(packed: Packed, width: int) -> Packed:
         count = tile.steps.stop - tile.steps.start
         key = (tile.steps.start, tile.steps.stop)
         if key not in done:  # the tiles of a dense weight share their steps
-            row, column = np.divmod(packed.positions[tile.steps].astype(np.int64), width)
+            tap, column = np.divmod(
+                packed.positions[tile.steps].astype(np.int64), 1 if both else width
+            )
             kinds, inverse = np.unique(
                 packed.channels[tile.steps].astype(np.int64) * width + column, return_inverse=True
             )
             channels.append(kinds // width)
             columns.append(kinds % width)
-            done[key] = slice(steps, steps + len(kinds)), inverse, row
+            done[key] = slice(steps, steps + len(kinds)), inverse, tap
             steps += len(kinds)
-        where, inverse, row = done[key]
-        taps = np.zeros((TAPS, where.stop - where.start, size))
+        where, inverse, tap = done[key]
+        taps = np.zeros((matrix.shape[1], where.stop - where.start, size))
         stored = packed.values[tile.values : tile.values + count * size]
-        taps[row, inverse] = stored.reshape(count, size)
-        planes = (matrix @ taps.reshape(TAPS, -1)).astype(np.float32).reshape(-1)
+        taps[tap, inverse] = stored.reshape(count, size)
+        planes = (matrix @ taps.reshape(matrix.shape[1], -1)).astype(np.float32).reshape(-1)
         tiles.append(RowTile(tile.first, tile.rows, place, where))
         values.append(planes)
         place += len(planes)

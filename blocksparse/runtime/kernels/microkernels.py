@@ -29,6 +29,7 @@ from .feature import NMLinear, SparseLinear
 from .pixel import NMConv, SparseConv, SparseProduct
 from .planes import PhaseCopy, Pool
 from .target import Target
+from .tiles import TileInput, TileOutput
 from .transforms import WinogradInput, WinogradOutput
 from .writer import Kernel, Writer
 
@@ -42,6 +43,8 @@ _WRITERS: dict[str, type[Writer]] = {
     "nm_linear": NMLinear,
     "winograd_input": WinogradInput,
     "winograd_output": WinogradOutput,
+    "tile_input": TileInput,
+    "tile_output": TileOutput,
     "copy_phases": PhaseCopy,
     "pool_max": Pool,
     "pool_avg": Pool,

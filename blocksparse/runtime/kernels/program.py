@@ -27,6 +27,7 @@ from .intrinsics import compare_exchange, fetch_add, give_way, load_acquire, now
 from .linear import linear_item
 from .pooling import adaptive_pool_item, pool_item
 from .winograd import winograd_item
+from .winograd_tiles import tiles_item
 
 QUEUES = 8
 """Most queues that the items of a step are cut into; more threads than that share them."""
@@ -151,6 +152,8 @@ def _run_item(
         conv_item(memory, memory_at, step, tables, item, batch)
     elif op == r.WINOGRAD:
         winograd_item(memory, memory_at, step, tables, item, batch, scratch_at, s)
+    elif op == r.TILES_CONV:
+        tiles_item(memory, memory_at, step, tables, item, batch, scratch_at, s)
     elif op == r.LINEAR or op == r.LINEAR_NM:
         linear_item(memory_at, step, tables, item, batch)
     elif op == r.POOL:

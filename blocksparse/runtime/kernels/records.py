@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 from numba import njit
 
 # What runs
-LOAD, STORE, COPY, CONV, CONV_NM, LINEAR, LINEAR_NM, POOL, ADAPTIVE_POOL, ELEMENTWISE, WINOGRAD = (
-    range(11)
-)
+LOAD, STORE, COPY, CONV, CONV_NM, LINEAR, LINEAR_NM, POOL, ADAPTIVE_POOL, ELEMENTWISE = range(10)
+WINOGRAD, TILES_CONV = 10, 11  # Winograd down the columns, and in both directions
 
 # Columns shared by all steps
 OP, ITEMS = 0, 1
@@ -45,6 +44,8 @@ PAD_TOP = 22
 PLANE, PLANE_CHANNEL = 23, 24  # from one plane of transformed input, and its channels, to the next
 SUMS_PLANE, SUMS_ROW = 25, 26  # the same for the products of one row tile
 STEP_BYTES = 27  # weights of one kernel step
+# for tiles in both directions: tile rows are units, and
+GROUPS, UNITS_ROW, PAD_LEFT = 28, 29, 30  # tile rows of a unit, units along a row
 
 # A row tile in the tables
 TILE_FIRST, TILE_ROWS, TILE_VALUES, TILE_OFFSETS, TILE_COUNT, TILE_INDICES = range(6)

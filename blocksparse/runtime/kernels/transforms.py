@@ -14,7 +14,9 @@ from .winograd_matrices import INPUT, OUTPUT
 from .writer import F32, FLOAT_BYTES, I64, Writer
 
 
-class _Transform(Writer):
+class Transform(Writer):
+    """Sums weighted by the rows of a constant matrix."""
+
     def combine(self, row: list[float], values: list[ir.Value]) -> ir.Value:
         """Return the sum of the values, weighted by a row of a matrix."""
         total = None
@@ -35,7 +37,7 @@ class _Transform(Writer):
         return ir.Constant(self.vector, [ir.Constant(F32, weight)] * self.lanes)
 
 
-class WinogradInput(_Transform):
+class WinogradInput(Transform):
     """Rows of all channels to the planes of one tile row.
 
     Rows outside the image are read from ``zeros``. Where ``first`` is not 0, a vector of zeros is
@@ -87,7 +89,7 @@ class WinogradInput(_Transform):
         b.ret_void()
 
 
-class WinogradOutput(_Transform):
+class WinogradOutput(Transform):
     """Planes of one tile row to rows of some output channels, through the epilogue."""
 
     arguments = (

@@ -32,7 +32,8 @@ class Kernel:
     Parameters
     ----------
     op : {"sparse_conv", "sparse_product", "nm_conv", "sparse_linear", "nm_linear", \
-          "winograd_input", "winograd_output", "copy_phases", "pool_max", "pool_avg"}
+          "winograd_input", "winograd_output", "tile_input", "tile_output", \
+          "copy_phases", "pool_max", "pool_avg"}
         Which product, transform or move.
     rows : int
         Output channels in the tile; for a pool the height of its window.
@@ -40,7 +41,8 @@ class Kernel:
         Input channels of a block; for N:M the nonzeros kept of each group (n); for a pool the width
         of its window.
     width : int
-        Vectors of pixels, or images for the linear products; for a pool its column stride.
+        Vectors of pixels, or images for the linear products; for a pool its column stride; for
+        tiles the tile rows of a unit.
     group : int
         For N:M the group length m, else 0.
     """
@@ -57,6 +59,8 @@ class Kernel:
         pattern, op = self.op.split("_")
         if pattern in ("winograd", "copy"):
             return f"f32_{self.op}"
+        if pattern == "tile":
+            return f"f32_{self.op}_g{self.width}"
         if pattern == "pool":
             return f"f32_{self.op}_{self.rows}x{self.columns}s{self.width}"
         if pattern == "nm":

@@ -1,0 +1,179 @@
+"""Winograd's transforms in both directions: tiles of 6 x 6 pixels to 36 planes, and back to 4 x 4.
+
+A vector holds one pixel of each of as many tiles as it has lanes. The tiles of a *unit*, one
+vector, lie side by side in one tile row, or, where an image is narrow, in two or four rows, so that
+its lanes are used. Pixels come and go as whole vectors along rows: four of them are shuffled into
+the four columns of the tiles.
+"""
+
+# L lanes; G tile rows of a unit (kernel.width), each L / G tiles wide
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from .transforms import Transform
+from .winograd_matrices import INPUT, OUTPUT, OUTPUTS, PLANES
+from .writer import F32, FLOAT_BYTES, I32, I64
+
+
+class _Tiles(Transform):
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """Tile row and first pixel of each of the four vectors along a row of tiles."""
+        per_row = OUTPUTS // self.kernel.width
+        return [(i // per_row, i % per_row * self.lanes) for i in range(OUTPUTS)]
+
+    def shuffle(self, a: ir.Value, b: ir.Value, places: list[int]) -> ir.Value:
+        """Gather lanes of two vectors."""
+        mask = ir.Constant(ir.VectorType(I32, len(places)), [I32(place) for place in places])
+        return self.builder.shuffle_vector(a, b, mask)
+
+    def apart(self, vectors: list[ir.Value]) -> list[ir.Value]:
+        """Four vectors of pixels to the four columns of the tiles."""
+        lanes, half = self.lanes, self.lanes // 2
+        columns = []
+        for first in (0, 2):
+            places = [OUTPUTS * i + c for c in (first, first + 1) for i in range(half)]
+            low = self.shuffle(vectors[0], vectors[1], places)
+            high = self.shuffle(vectors[2], vectors[3], places)
+            for c in (0, half):
+                take = [*range(c, c + half), *range(lanes + c, lanes + c + half)]
+                columns.append(self.shuffle(low, high, take))
+        return columns
+
+    def together(self, columns: list[ir.Value]) -> list[ir.Value]:
+        """Four columns of tiles to four vectors of pixels."""
+        lanes, half = self.lanes, self.lanes // 2
+        vectors = []
+        for start in (0, half):
+            places = [j for i in range(start, start + half) for j in (i, lanes + i)]
+            pairs = [self.shuffle(columns[c], columns[c + 1], places) for c in (0, 2)]
+            for quarter in (0, half):
+                take = [
+                    place
+                    for i in range(quarter, quarter + half, 2)
+                    for place in (i, i + 1, lanes + i, lanes + i + 1)
+                ]
+                vectors.append(self.shuffle(pairs[0], pairs[1], take))
+        return vectors
+
+
+class TileInput(_Tiles):
+    """Pixels of all channels to the planes of one unit.
+
+    Rows outside the image are read from ``zeros``; columns outside are masked. The masks are those
+    of the four vectors from the tiles' first column on, then from their fifth.
+    """
+
+    arguments = (
+        "x", "x_row", "x_channel", "top", "height", "zeros", "masks", "y", "y_plane", "y_channel",
+        "channels",
+    )  # fmt: skip
+
+    def write(self) -> None:
+        """Write the function."""
+        b, arg = self.builder, self.arg
+        zero = ir.Constant(self.vector, None)
+        masks = [self.mask(self.step(arg["masks"], i * self.bit_bytes)) for i in range(2 * OUTPUTS)]
+        starts, strides = [], []
+        for group in range(self.kernel.width):
+            for i in range(PLANES):
+                place = b.add(arg["top"], I64(group * OUTPUTS + i))
+                # negative places are large as unsigned
+                valid = b.icmp_unsigned("<", place, arg["height"])
+                row = b.add(arg["x"], b.mul(place, arg["x_row"]))
+                starts.append(b.select(valid, row, arg["zeros"]))
+                strides.append(b.select(valid, arg["x_channel"], I64(0)))
+
+        def channel(state: list[ir.Value]) -> list[ir.Value]:
+            y, *rows = state
+            columns: list[list[ir.Value]] = []  # [row][column]
+            for i in range(PLANES):
+                found = []
+                for shift in (0, OUTPUTS):
+                    vectors = []
+                    for q, (group, pixel) in enumerate(self.chunks):
+                        at = self.step(rows[group * PLANES + i], (pixel + shift) * FLOAT_BYTES)
+                        mask = masks[q + (OUTPUTS if shift else 0)]
+                        vectors.append(b.select(mask, self.load(self.vector, at), zero))
+                    found += self.apart(vectors)[: PLANES - shift]
+                columns.append(found)
+            # down the columns, then along the rows
+            down = [
+                [
+                    self.combine(weights, [columns[i][j] for i in range(PLANES)])
+                    for j in range(PLANES)
+                ]
+                for weights in INPUT
+            ]
+            for row in down:
+                for weights in INPUT:
+                    self.store(self.combine(weights, row), y)
+                    y = b.add(y, arg["y_plane"])
+            following = [b.add(row, stride) for row, stride in zip(rows, strides, strict=True)]
+            return [b.add(state[0], arg["y_channel"]), *following]
+
+        self.loop([arg["y"], *starts], channel, arg["channels"])
+        b.ret_void()
+
+
+class TileOutput(_Tiles):
+    """Planes of one unit to rows of some output channels, through the epilogue.
+
+    The masks are those of the pixels inside the image, then of all a row holds.
+    """
+
+    arguments = (
+        "x", "x_plane", "x_channel", "y", "y_row", "y_channel", "residual", "residual_row",
+        "residual_channel", "bias", "masks", "rows", "bounds", "channels",
+    )  # fmt: skip
+
+    def write(self) -> None:
+        """Write the function."""
+        b, arg = self.builder, self.arg
+        zero = ir.Constant(self.vector, None)
+        has_residual = b.icmp_unsigned("!=", arg["residual"], I64(0))
+        masks = [self.mask(self.step(arg["masks"], i * self.bit_bytes)) for i in range(2 * OUTPUTS)]
+
+        def channel(state: list[ir.Value]) -> list[ir.Value]:
+            x, y_start, residual, bias_at = state
+            bias = self.splat(self.load(F32, bias_at), self.vector)
+            at, planes = x, []
+            for _ in range(PLANES * PLANES):
+                planes.append(self.load(self.vector, at))
+                at = b.add(at, arg["x_plane"])
+            down = [
+                [
+                    self.combine(weights, [planes[i * PLANES + j] for i in range(PLANES)])
+                    for j in range(PLANES)
+                ]
+                for weights in OUTPUT
+            ]
+            for i, row in enumerate(down):
+                pixels = self.together([b.fadd(self.combine(w, row), bias) for w in OUTPUT])
+                for q, (group, pixel) in enumerate(self.chunks):
+                    place = I64(group * OUTPUTS + i)
+                    with b.if_then(b.icmp_signed(">", arg["rows"], place)):
+                        inner = b.block
+                        with b.if_then(has_residual):
+                            beside = b.add(residual, b.mul(place, arg["residual_row"]))
+                            other = self.load(self.vector, self.step(beside, pixel * FLOAT_BYTES))
+                            added = b.fadd(pixels[q], other)
+                            end = b.block
+                        merged = b.phi(self.vector)
+                        merged.add_incoming(pixels[q], inner)
+                        merged.add_incoming(added, end)
+                        value = b.select(masks[q], self.clamp(merged), zero)
+                        to = b.add(y_start, b.mul(place, arg["y_row"]))
+                        to = self.step(to, pixel * FLOAT_BYTES)
+                        self.store_masked(value, to, masks[OUTPUTS + q])
+            return [
+                b.add(x, arg["x_channel"]),
+                b.add(y_start, arg["y_channel"]),
+                b.add(residual, arg["residual_channel"]),
+                self.step(bias_at, FLOAT_BYTES),
+            ]
+
+        self.loop([arg["x"], arg["y"], arg["residual"], arg["bias"]], channel, arg["channels"])
+        b.ret_void()

@@ -1,0 +1,122 @@
+"""Convolutions of kernel size 3 x 3 through Winograd's F(4x4, 3x3).
+
+A tile of 4 x 4 outputs is computed from 6 x 6 inputs with 36 products a block in place of 144. The
+vectors of a *unit* hold as many tiles as they have lanes (see `tiles`). A work item is a band of
+units and one part of the row tiles; the planes of a band are scratch memory of the thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from . import records as r
+from .intrinsics import call, load_acquire, store
+from .records import view, zero_ends
+from .winograd import HEADER
+from .winograd_matrices import OUTPUTS, PLANES
+
+WIDEST = 2
+"""Units computed at once: their sums, 36 planes of a row tile, have to stay in the first cache."""
+
+
+@njit(cache=True, nogil=True)
+def tiles_item(
+    memory: Any, memory_at: int, step: Any, tables: Any, item: int, batch: int, scratch_at: int,
+    tag: int,
+) -> None:  # fmt: skip
+    """Compute one band of units for one part of the output channels.
+
+    The parameters are those of `winograd.winograd_item`.
+    """
+    band, part = item // step[r.PARTS_COUNT], item % step[r.PARTS_COUNT]
+    first = band * step[r.BAND]
+    last = min(step[r.TILE_ROWS_ALL], first + step[r.BAND])
+    tag = (tag << 32) + band
+    vector = 4 * step[r.LANES]
+    planes = scratch_at + HEADER
+    if load_acquire(scratch_at) != tag:
+        for unit in range(first, last):
+            _planes(memory_at, step, unit, planes + (unit - first) * vector)
+        store(scratch_at, tag)
+    sums = planes + 4 * PLANES * PLANES * step[r.PLANE]
+    for tile in range(tables[step[r.PARTS] + part], tables[step[r.PARTS] + part + 1]):
+        at = step[r.TILES] + tile * r.TILE_FIELDS
+        count = tables[at + r.TILE_COUNT]
+        unit = first
+        while unit < last:
+            width = min(WIDEST, last - unit)
+            for plane in range(PLANES * PLANES):
+                call(
+                    step[r.KERNELS + width - 1],
+                    (
+                        planes + 4 * plane * step[r.PLANE] + (unit - first) * vector,
+                        tables[at + r.TILE_VALUES] + plane * count * step[r.STEP_BYTES],
+                        tables[at + r.TILE_OFFSETS], count, 4 * step[r.PLANE_CHANNEL],
+                        sums + 4 * plane * step[r.SUMS_PLANE], 4 * step[r.SUMS_ROW],
+                    ),
+                )  # fmt: skip
+            for one in range(width):
+                _outputs(
+                    memory, memory_at, step, unit + one, tables[at + r.TILE_FIRST],
+                    tables[at + r.TILE_ROWS], sums + one * vector, batch,
+                )  # fmt: skip
+            unit += width
+
+
+@njit(cache=True, nogil=True)
+def _place(step: Any, unit: int) -> tuple[int, int, int]:
+    """Image, first output row and vector along the row of a unit."""
+    along = step[r.UNITS_ROW]
+    n, within = unit // step[r.TILE_ROWS_IMAGE], unit % step[r.TILE_ROWS_IMAGE]
+    return n, within // along * OUTPUTS * step[r.GROUPS], within % along
+
+
+@njit(cache=True, nogil=True)
+def _planes(memory_at: int, step: Any, unit: int, planes: int) -> None:
+    a = view(step, r.SOURCE)
+    n, y, v = _place(step, unit)
+    column = v * OUTPUTS * step[r.LANES] - step[r.PAD_LEFT]
+    call(
+        step[r.INPUT_KERNEL],
+        (
+            memory_at + 4 * (a.base + n * a.image + column), 4 * a.row, 4 * a.channel,
+            y - step[r.PAD_TOP], a.height, step[r.ZEROS],
+            step[r.INSIDE] + v * 2 * OUTPUTS * max(1, step[r.LANES] // 8),
+            planes, 4 * step[r.PLANE], 4 * step[r.PLANE_CHANNEL], a.channels,
+        ),
+    )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def _outputs(
+    memory: Any, memory_at: int, step: Any, unit: int, k: int, channels: int, sums: int, batch: int
+) -> None:
+    b, other = view(step, r.TARGET), view(step, r.OTHER)
+    n, y, v = _place(step, unit)
+    rows = min(OUTPUTS * step[r.GROUPS], b.height - y)
+    column = v * OUTPUTS * step[r.LANES]
+    residual = 0
+    if other.base >= 0:
+        at = other.base + k * other.channel + n * other.image + y * other.row + column
+        residual = memory_at + 4 * at
+    start = b.base + k * b.channel + n * b.image + y * b.row + column
+    call(
+        step[r.OUTPUT_KERNEL],
+        (
+            sums, 4 * step[r.SUMS_PLANE], 4 * step[r.SUMS_ROW],
+            memory_at + 4 * start, 4 * b.row, 4 * b.channel,
+            residual, 4 * other.row, 4 * other.channel, step[r.BIAS] + 4 * k,
+            step[r.WITHIN] + v * 2 * OUTPUTS * max(1, step[r.LANES] // 8), rows, step[r.BOUNDS],
+            channels,
+        ),
+    )  # fmt: skip
+    if v == step[r.UNITS_ROW] - 1:
+        covered = step[r.UNITS_ROW] * OUTPUTS * step[r.LANES] // step[r.GROUPS]
+        if covered < b.row:  # the padding columns lie beyond the last tile
+            for channel in range(k, k + channels):
+                for line in range(y, y + rows):
+                    at = b.base + channel * b.channel + n * b.image + line * b.row
+                    memory[at + covered : at + b.row] = 0
+        zero_ends(memory, b, k, k + channels, n, y, rows, batch)
