@@ -6,7 +6,7 @@ from blocksparse.format.errors import FormatError
 from blocksparse.format.graph import Graph, Node, ValueSpec
 from blocksparse.format.model import Model, Preprocessing
 from blocksparse.format.ops import ACTIVATIONS, OPS
-from blocksparse.format.reader import read
+from blocksparse.format.reader import read, release
 from blocksparse.format.validate import check_model
 from blocksparse.format.weights import BsrWeight, DenseWeight, NMWeight, Weight
 from blocksparse.format.writer import write
@@ -26,5 +26,6 @@ __all__ = [
     "Weight",
     "check_model",
     "read",
+    "release",
     "write",
 ]

@@ -21,6 +21,7 @@ from blocksparse.format.validate import (
     expected_tensors,
     vector_shapes,
 )
+from blocksparse.format.weights import Weight
 
 
 def read(path: str | os.PathLike[str]) -> Model:
@@ -76,7 +77,32 @@ def _read(path: Path) -> Model:
     check_classes(model.classes, model.output_shape)
     check_preprocessing(model.preprocessing, model.input_shape)
     check_contents(model)
+    for weight in model.weights.values():
+        release(weight)
     return model
+
+
+def release(weight: Weight) -> None:
+    """Let the operating system take back the memory behind a weight of a mapped file.
+
+    Its values stay what they are, and are read from the file again where they are asked for. A
+    weight that lies elsewhere is left alone.
+
+    Parameters
+    ----------
+    weight : Weight
+        Of a model that `read` returned.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    for array in vars(weight).values():
+        mapped = array.base if isinstance(array, np.ndarray) else None
+        while isinstance(mapped, np.ndarray):
+            mapped = mapped.base
+        if isinstance(mapped, mmap.mmap) and array.nbytes:
+            start = array.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data
+            first = start - start % mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, first, start + array.nbytes - first)
 
 
 def _map(descriptor: int, header: Header) -> dict[str, npt.NDArray[Any]]:

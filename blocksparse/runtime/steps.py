@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from blocksparse.format import DenseWeight, Model, Node, Weight
+from blocksparse.format import DenseWeight, Model, Node, Weight, release
 
 from . import layout, winograd
 from .algorithms import Algorithm
@@ -198,6 +198,7 @@ class _Lowering:
             op, packed = self._prepared(node, weight, source)
         else:
             packed = pack(weight, groups, self.target)
+            release(weight)
         if packed.group:
             op = {records.CONV: records.CONV_NM, records.LINEAR: records.LINEAR_NM}[op]
         activation = node.attrs["activation"]
@@ -211,9 +212,9 @@ class _Lowering:
         way = self.ways.get(node.name)
         stored = Algorithm.DENSE if way is not None and way.dense else Algorithm.DIRECT
         if (node.name, stored) not in self.packs:
-            if stored.dense:
-                weight = DenseWeight(weight.to_dense())
-            self.packs[node.name, stored] = pack(weight, node.attrs["groups"], self.target)
+            as_taken = DenseWeight(weight.to_dense()) if stored.dense else weight
+            self.packs[node.name, stored] = pack(as_taken, node.attrs["groups"], self.target)
+            release(weight)
         packed = self.packs[node.name, stored]
         if way is None:
             way = Algorithm.COLUMNS if self._rule(node, packed, source) else Algorithm.DIRECT

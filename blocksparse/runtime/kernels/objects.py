@@ -91,16 +91,17 @@ def compile_text(name: str, text: str, target: Target) -> int:
     parts = (text, target.triple, target.cpu, target.features, llvmlite.__version__)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     path = cache_folder() / f"{name}-{digest}.o"
-    module = llvm.parse_assembly(text)
-    module.verify()
+    code = _read(path)
     machine = target_machine(target)
-    engine = llvm.create_mcjit_compiler(module, machine)
-
-    def keep(_: llvm.ModuleRef, code: bytes) -> None:
+    if code is None:
+        module = llvm.parse_assembly(text)
+        module.verify()
+        code = machine.emit_object(module)
         _log.info("compiled %s for %s (once on this machine)", name, describe(target))
         _save(path, code)
-
-    engine.set_object_cache(keep, lambda _: _read(path))
+    # an object is only linked: of LLVM itself, 30 MB of code, little has to be in memory then
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
     return int(engine.get_function_address(name))
