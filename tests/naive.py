@@ -9,7 +9,7 @@ groups, F O features, r c block rows and columns.
 
 from __future__ import annotations
 
-from math import ceil, inf, isnan
+from math import ceil, inf, isnan, prod
 
 import numpy as np
 
@@ -161,3 +161,77 @@ def nm_to_dense(shape, n, m, values, indices):
                         dense[(k, group * m + within, *tap)] = values[k, position, group, place]
                     seen.add(within)
     return dense.reshape(shape)
+
+
+def phase_planes(x, stride, padding, phases):
+    """Split x (N, C, H, W), padded with zeros, into its phases: (N, C * len(phases), U, V).
+
+    The plane of phase (a, b) holds the pixels (a + i * stride, b + j * stride) of the padded image,
+    zero where these lie behind it; channels are major, phases minor.
+    """
+    count, channels, height, width = x.shape
+    size = [ceil((x.shape[2 + i] + 2 * padding[i]) / stride[i]) for i in range(2)]
+    out = np.zeros((count, channels * len(phases), *size))
+    for n, plane, u, v in np.ndindex(*out.shape):
+        a, b = phases[plane % len(phases)]
+        row, column = u * stride[0] + a - padding[0], v * stride[1] + b - padding[1]
+        if 0 <= row < height and 0 <= column < width:
+            out[n, plane, u, v] = x[n, plane // len(phases), row, column]
+    return out
+
+
+def sparse_product(x, weights, offsets, stride, pixels):
+    """Sum weighted runs of the line x: (R, pixels) from weights (steps, J, R).
+
+    Column j of step s is the run of pixels that starts at ``offsets[s] + j * stride``.
+    """
+    steps, columns, rows = weights.shape
+    out = np.zeros((rows, pixels))
+    for r, p in np.ndindex(*out.shape):
+        for s, j in np.ndindex(steps, columns):
+            out[r, p] += float(weights[s, j, r]) * float(x[offsets[s] + j * stride + p])
+    return out
+
+
+POINTS = (0, 1, -1, 2, -2)
+"""Where Winograd's F(4, 3) evaluates polynomials; infinity, the leading coefficient, comes last."""
+
+
+def winograd_weight(taps):
+    """Turn three taps into six planes: their polynomial at every point.
+
+    Each value is divided by the product of the point's distances to the others, which
+    interpolation (Toom and Cook's, of which this is the transpose) asks for.
+    """
+    planes = []
+    for point in POINTS:
+        value = sum(tap * point**power for power, tap in enumerate(taps))
+        planes.append(value / prod(point - other for other in POINTS if other != point))
+    return [*planes, taps[-1]]
+
+
+def winograd_input(rows):
+    """Turn six rows into six planes.
+
+    The plane of a point is the polynomial whose roots are the other points, with row k in the place
+    of the k-th power; that of infinity has all points as roots.
+    """
+    planes = []
+    for own in (*POINTS, None):
+        polynomial = [1]
+        for root in POINTS:
+            if root != own:
+                longer = zip([0, *polynomial], [*polynomial, 0], strict=True)
+                polynomial = [shifted - root * same for shifted, same in longer]
+        planes.append(sum(c * row for c, row in zip(polynomial, rows, strict=False) if c))
+    return planes
+
+
+def winograd_output(planes):
+    """Turn six planes into four rows: row k is the sum of the planes times their points' powers."""
+    rows = []
+    for power in range(4):
+        finite = zip(POINTS, planes[:-1], strict=True)
+        row = sum(point**power * plane for point, plane in finite if point or power == 0)
+        rows.append(row + planes[-1] if power == 3 else row)
+    return rows

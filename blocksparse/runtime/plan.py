@@ -95,9 +95,10 @@ class _Binding:
         self.tables = Tables()
         self.scratch = 64
         self.bases, floats = self._memory()
-        # The last vector and kernel positions reach beyond the last pixel of the last channel.
+        # The last vector and kernel positions reach beyond the last pixel of the last channel; at
+        # column stride 2 a row of outputs, padding included, reaches twice its length.
         widest = max((frame.image for frame in steps.frames.values()), default=0)
-        self.floats = floats + widest + 256
+        self.floats = floats + 2 * widest + 256
         if self.floats >= 2**31:
             gib = self.floats * 4 / 2**30
             raise ValueError(
@@ -206,8 +207,16 @@ class _Binding:
         planes = step.details.get("planes", [(0, 0)])
         record[records.PLANES] = len(planes)
         record[records.PLANE_SHIFTS] = self.tables.integers(planes)
-        if step.op == records.COPY and step.details["scale"][2] == 2 and len(shape) == 3:
-            columns = [step.details["shift"][2] + phase for phase in (0, 1)]
+        (scale_c, _, scale_x), (shift_c, _, shift_x) = (step.details[k] for k in ("scale", "shift"))
+        # the vector code takes every channel in turn; a column far left of the first one might lie
+        # before all memory
+        if (
+            step.op == records.COPY
+            and len(shape) == 3
+            and (scale_c, shift_c, scale_x) == (1, 0, 2)
+            and shift_x >= -layout.ALIGN
+        ):
+            columns = [shift_x + phase for phase in (0, 1)]
             self._fast(record, Kernel("copy_phases"), source, target, columns, 2)
 
     def _fast(

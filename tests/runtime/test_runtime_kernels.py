@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -11,7 +12,7 @@ from functools import partial
 import llvmlite.binding as llvm
 import pytest
 
-from blocksparse.runtime.kernels import objects
+from blocksparse.runtime.kernels import microkernels, objects
 from blocksparse.runtime.kernels.microkernels import Kernel, write
 from blocksparse.runtime.kernels.target import Target, host, tile_for
 
@@ -20,20 +21,33 @@ KERNELS = [
     Kernel("nm_conv", 1, 2, 4, 4),
     Kernel("sparse_linear", 8, 8, 2),
     Kernel("nm_linear", 1, 1, 2, 4),
+    Kernel("sparse_product", 8, 8, 3),
+    Kernel("winograd_input"),
+    Kernel("winograd_output"),
+    Kernel("tile_input", width=2),
+    Kernel("tile_output", width=2),
+    Kernel("copy_phases"),
+    Kernel("pool_max", 3, 3, 2),
+    Kernel("pool_avg", 2, 3, 1),
 ]
+WITHOUT_FMA = {"copy_phases", "pool_max", "pool_avg"}
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_every_kernel_is_compiled_for_other_processors():
+    assert {kernel.op for kernel in KERNELS} == microkernels._WRITERS.keys()
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.op)
 @pytest.mark.parametrize(
-    ("triple", "cpu", "features", "fma"),
+    ("triple", "cpu", "features"),
     [
-        ("x86_64-unknown-linux-gnu", "znver4", "+avx512f,+avx2,+fma", "vfmadd"),
-        ("x86_64-unknown-linux-gnu", "x86-64-v3", "+avx2,+fma", "vfmadd"),
-        ("aarch64-unknown-linux-gnu", "generic", "+neon", "fmla"),
+        ("x86_64-unknown-linux-gnu", "znver4", "+avx512f,+avx2,+fma"),
+        ("x86_64-unknown-linux-gnu", "x86-64-v3", "+avx2,+fma"),
+        ("aarch64-unknown-linux-gnu", "generic", "+neon"),
     ],
     ids=["avx512", "avx2", "neon"],
 )
-def test_one_source_gives_vector_fmas_everywhere(kernel, triple, cpu, features, fma):
+def test_one_source_gives_vector_code_everywhere(kernel, triple, cpu, features):
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     target = Target(triple, cpu, features, **tile_for(triple, features))
@@ -43,10 +57,16 @@ def test_one_source_gives_vector_fmas_everywhere(kernel, triple, cpu, features, 
         cpu=cpu, features=features, opt=3
     )
     assembly = machine.emit_assembly(module)
+    # such as fmaf, or a masked store that the processor does not have
+    assert not re.search(r"^\s+(call|callq|bl|blr)\s", assembly, re.MULTILINE), "no function called"
+    vector, scalar = r"\bvfn?m(add|sub)\d+ps\b", r"\bvfn?m(add|sub)\d+ss\b"
+    if triple.startswith("aarch64"):
+        vector, scalar = r"\bfml[as]\b.*v\d+\.4s", r"\bfn?madd\b"
     if kernel.op == "nm_linear":  # a scalar product
-        fma = {"fmla": "fmadd"}.get(fma, fma)
-    assert fma in assembly
-    if "avx512" in features and kernel.op.endswith("conv"):
+        vector, scalar = scalar, vector
+    assert bool(re.search(vector, assembly)) == (kernel.op not in WITHOUT_FMA)
+    assert not re.search(scalar, assembly)
+    if "avx512" in features and not kernel.op.endswith("linear"):
         assert "zmm" in assembly
 
 
@@ -84,7 +104,10 @@ def test_the_runtime_without_avx512(tmp_path):
             **os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features,
             "NUMBA_CACHE_DIR": str(tmp_path / cpu), "BLOCKSPARSE_CACHE": str(tmp_path / cpu),
         }  # fmt: skip
-        where = os.path.join(os.path.dirname(__file__), "test_runtime_compiled.py")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", where]
+        where = [
+            os.path.join(os.path.dirname(__file__), f"test_runtime_{part}.py")
+            for part in ("compiled", "winograd", "winograd_parts", "planes", "program")
+        ]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *where]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:]

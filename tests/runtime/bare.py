@@ -1,0 +1,92 @@
+"""The compiled engine taken apart: micro-kernels called alone, and memory as one likes it."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+
+import numpy as np
+
+from blocksparse.runtime import compiled
+from blocksparse.runtime.kernels import objects, records
+from blocksparse.runtime.kernels.target import host
+from blocksparse.runtime.layout import ALIGN, Layout, round_up
+
+LANES = (4, 8, 16)
+"""Vector lengths; LLVM cuts those the processor does not have."""
+
+SENTINEL = np.float32(-7.25e33)
+"""What nobody computes: a float that still holds it was not written."""
+
+
+def narrow(lanes):
+    """The host, with vectors of `lanes` floats."""
+    return replace(host(), lanes=lanes, rows=8 if lanes == 16 else 4)
+
+
+def call(kernel, lanes, *arguments):
+    """Call a micro-kernel; arrays are passed by address."""
+    address = objects.address(kernel, narrow(lanes))
+    values = [a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in arguments]
+    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(values))(address)(*values)
+
+
+def bits(flags, lanes):
+    """Masks of whole vectors, first lane in the lowest bit, from flags along the last axis."""
+    flags = np.asarray(flags, bool)
+    flags = flags.reshape(*flags.shape[:-1], -1, lanes)
+    return np.ascontiguousarray(np.packbits(flags, axis=-1, bitorder="little"))
+
+
+def engine_of(model, lanes=None):
+    """A compiled engine, if asked for with vectors of another length."""
+    kept = compiled.host
+    compiled.host = kept if lanes is None else lambda: narrow(lanes)
+    try:
+        return compiled.CompiledEngine(model)
+    finally:
+        compiled.host = kept
+
+
+def run_over(engine, x, fill, threads=1):
+    """Run in memory that held `fill`; return the output, the plan and the memory."""
+    ready = engine._plan(len(x), threads)
+    memory = compiled._Memory(ready.plan)
+    values = memory.fixed[3]
+    values[:] = fill
+    for thread in range(threads):
+        memory.scratch(thread)
+        memory._scratch[thread][0][:] = fill
+    ready.free.append(memory)
+    return engine.run(x, threads), ready.plan, values
+
+
+def targets(plan, *ops):
+    """Layouts of what the steps write, those of some kinds if any are named."""
+    return [
+        Layout(*record[records.TARGET : records.TARGET + 8].tolist())
+        for record in plan.records
+        if record[records.OP] in (ops or set(range(32)) - {records.STORE})
+    ]
+
+
+def pixels(where, batch):
+    """Places of the pixels of a value in memory, (N, C, H, W)."""
+    n, c, y, x = np.ogrid[:batch, : where.channels, : where.height, : where.width]
+    return where.base + c * where.channel + n * where.image + y * where.row + x
+
+
+def assert_nothing_else_written(values, plan, batch):
+    """Only rows of the steps' own values, and the zeros around them, may have been written."""
+    allowed = np.zeros(len(values), bool)
+    for where in targets(plan):
+        margin = max(where.margin, 0)
+        # the last row may be filled up to the next one
+        end = (batch - 1) * where.image + where.height * where.row + margin
+        if where in targets(plan, records.CONV):  # writes whole vectors, one channel in one piece
+            end = max(end, round_up(where.run(batch), ALIGN))
+        for channel in range(where.channels):
+            start = where.base + channel * where.channel
+            allowed[start - margin : start + end] = True
+    written = values.view(np.int32) != SENTINEL.view(np.int32)
+    assert not (written & ~allowed).any(), np.flatnonzero(written & ~allowed)[:8]

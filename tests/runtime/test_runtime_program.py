@@ -1,0 +1,201 @@
+"""How threads share the items of a step: queues, helpers that come late or never, traces."""
+
+from __future__ import annotations
+
+import time
+from threading import Thread
+
+import numpy as np
+import pytest
+from bare import engine_of
+from models import POOL, Builder, randoms
+
+from blocksparse.runtime.compiled import _Memory
+from blocksparse.runtime.kernels import program, records
+
+
+class Helpers:
+    """In place of the engine's helpers: does with their calls what a test wants."""
+
+    def __init__(self, act=lambda work, calls: None):
+        self.act, self.calls = act, []
+
+    def start(self, work, calls):
+        """Take the calls of all threads but the caller's."""
+        self.calls = calls
+        self.act(work, calls)
+
+    def close(self):
+        """Nothing is held."""
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A network with steps of many kinds, some with fewer items than threads, and its answer."""
+    b = Builder((8, 40, 40))
+    x = b.conv("x", 24, layout=("bsr", (8, 8), 0.5))
+    x = b.conv(x, 40, stride=(2, 2), layout=("bsr", (8, 8), 0.5))
+    x = b.node("max_pool2d", x, dilation=(1, 1), **POOL)
+    x = b.node("adaptive_avg_pool2d", b.conv(x, 40, residual=x), output_size=(1, 1))
+    b.linear(b.node("flatten", x), 100)
+    engine = engine_of(b.model())
+    images = randoms(3, 8, 40, 40)
+    return engine, images, engine.run(images, 1)
+
+
+@pytest.fixture
+def engine(network):
+    """The network's engine, with its own helpers back in the end."""
+    engine = network[0]
+    kept = engine._helpers
+    yield engine
+    engine._helpers = kept
+
+
+def counters(engine, batch):
+    """Counters after a run, one row per step: a line of its own for every count."""
+    (memory,) = engine._ready[batch].free
+    return memory.counters[program.GATE :].reshape(-1, 1 + program.QUEUES, program.LINE)
+
+
+def assert_every_item_once(engine, batch, queues):
+    """Items that finished, and items taken from each queue, at least those it holds."""
+    items = engine._ready[batch].plan.records[:, records.ITEMS]
+    counts = counters(engine, batch)
+    assert not counts[:, :, 1:].any(), "nothing but counters in their lines"
+    counts = counts[:, :, 0]
+    np.testing.assert_array_equal(counts[:, 0], items)
+    for queue in range(program.QUEUES):
+        held = items * (queue + 1) // queues - items * queue // queues if queue < queues else 0
+        assert (counts[:, 1 + queue] >= held).all()
+        assert queue < queues or not counts[:, 1 + queue].any()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7, 8, 9, 20])
+def test_helpers_that_never_come_leave_their_queues_to_the_caller(network, engine, threads):
+    _, images, expected = network
+    engine._helpers = Helpers()
+    np.testing.assert_array_equal(engine.run(images, threads), expected)
+    assert len(engine._helpers.calls) == threads - 1
+    assert_every_item_once(engine, len(images), min(threads, program.QUEUES))
+
+
+@pytest.mark.parametrize("threads", [2, 5, 9, 20])
+def test_a_helper_alone_does_everything(network, engine, threads):
+    """Each thread number, also beyond the queues, finds every item; who comes later finds none."""
+    _, images, expected = network
+    for lonely in range(threads - 1):
+        engine._helpers = Helpers(lambda work, calls, k=lonely: work(*calls[k]))
+        np.testing.assert_array_equal(engine.run(images, threads), expected)
+        assert_every_item_once(engine, len(images), min(threads, program.QUEUES))
+
+
+def test_helpers_of_a_call_that_is_over_leave_the_next_one_alone(network, engine):
+    _, images, _ = network
+    others = randoms(*images.shape, seed=1)
+    expected = engine.run(others, 1)
+    engine._helpers = Helpers()
+    engine.run(images, 3)
+    late = engine._helpers.calls
+    engine._helpers = Helpers(lambda work, calls: [work(*arguments) for arguments in late])
+    for arguments in late:
+        arguments[7][:] = -1  # the output that was returned then
+    np.testing.assert_array_equal(engine.run(others, 3), expected)
+    assert all((arguments[7] == -1).all() for arguments in late)
+    assert_every_item_once(engine, len(images), 3)
+    (memory,) = engine._ready[len(images)].free
+    assert memory.counters[0] & (program.SHUT - 1) == 0, "nobody entered"
+
+
+def test_late_helpers_meet_a_finished_program(network, engine):
+    _, images, expected = network
+    late = []
+
+    def act(work, calls):
+        def wait(arguments):
+            time.sleep(0.002 * len(late))
+            work(*arguments)
+
+        for arguments in calls:
+            late.append(Thread(target=wait, args=(arguments,)))
+            late[-1].start()
+
+    engine._helpers = Helpers(act)
+    got = engine.run(images, 12)
+    for thread in late:
+        thread.join()
+    np.testing.assert_array_equal(got, expected)
+    assert_every_item_once(engine, len(images), program.QUEUES)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 9, 17])
+def test_more_threads_than_cores_and_queues(network, threads):
+    engine, images, expected = network
+    for _ in range(3):
+        np.testing.assert_array_equal(engine.run(images, threads), expected)
+    assert_every_item_once(engine, len(images), min(threads, program.QUEUES))
+
+
+def test_counters_are_as_many_as_the_plan_says(network):
+    engine, images, _ = network
+    plan = engine._plan(len(images), 1).plan
+    memory = _Memory(plan)
+    assert plan.counters == len(plan.records) * program.COUNTER_STRIDE
+    assert len(memory.counters) == program.GATE + plan.counters
+    assert program.GATE % program.LINE == 0
+    assert memory.counters.ctypes.data % 64 == 0, "no counter shares its line"
+    assert program.COUNTER_STRIDE == program.LINE * (1 + program.QUEUES)
+
+
+def test_every_thread_has_scratch_memory_of_its_own(network):
+    engine, images, _ = network
+    plan = engine._plan(len(images), 1).plan
+    memory = _Memory(plan)
+    places = [memory.scratch(thread) for thread in (2, 0, 1)]
+    assert all(place % 64 == 0 for place in places)
+    assert [memory.scratch(thread) for thread in (2, 0, 1)] == places
+    for array, _ in memory._scratch:
+        start, end = array.ctypes.data, array.ctypes.data + array.nbytes
+        (place,) = (p for p in places if start <= p < end)
+        assert place + plan.scratch <= end
+
+
+def test_items_may_be_computed_in_any_order(network, engine):
+    """One thread, all items of a step shuffled: an item depends on no other one of its step."""
+    _, images, expected = network
+    engine._helpers = Helpers()
+    engine.run(images, 2)
+    shuffled(engine._helpers.calls[0], expected, len(images))
+
+
+def shuffled(arguments, expected, batch, seeds=(0, 1)):
+    """Compute the items of a call in random orders, over memory full of NaN."""
+    program_, tables, vectors, memory, memory_at, _, x, y, _, _, _, _, scratch_at, _ = arguments
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        memory[:] = np.nan
+        y[:] = np.nan
+        for s, step in enumerate(program_):
+            for item in rng.permutation(step[records.ITEMS]):
+                program._run_item(
+                    step, tables, vectors, memory, memory_at, x, y, item, batch, scratch_at, s
+                )
+        np.testing.assert_array_equal(y.reshape(expected.shape), expected)
+
+
+def test_a_trace_says_who_worked(network, engine):
+    """A helper that never came has zeros; one that did it all has what the caller has not."""
+    _, images, expected = network
+    engine._helpers = Helpers()
+    output, trace = engine.timed_run(images, 3)
+    np.testing.assert_array_equal(output, expected)
+    assert trace.busy_ns.shape == (3, len(engine.steps.steps))
+    assert not trace.busy_ns[1:].any()
+    assert (trace.busy_ns[0] > 0).all()
+    assert (trace.step_ns >= trace.busy_ns[0]).all()
+
+    engine._helpers = Helpers(lambda work, calls: work(*calls[1]))
+    output, trace = engine.timed_run(images, 3)
+    np.testing.assert_array_equal(output, expected)
+    assert not trace.busy_ns[1].any()
+    assert trace.busy_ns[2].sum() > trace.busy_ns[0].sum()

@@ -1,0 +1,373 @@
+"""Whole convolutions through Winograd's F(4, 3) against the definition, forced on everywhere.
+
+They are tested twice. With small integers, and weights that are multiples of 24, all arithmetic is
+exact in float32, so results must equal the definition's. With reals they must stay within a bound
+derived from the number of roundings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import naive
+import numpy as np
+import pytest
+from bare import (
+    LANES,
+    SENTINEL,
+    assert_nothing_else_written,
+    engine_of,
+    pixels,
+    run_over,
+    targets,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import Builder, block_zeros, randoms
+from test_runtime_program import Helpers, shuffled
+
+from blocksparse.format import BsrWeight, DenseWeight
+from blocksparse.runtime import algorithms, products, winograd
+from blocksparse.runtime.kernels import records
+from blocksparse.runtime.kernels.winograd_matrices import INPUT, OUTPUT, WEIGHT
+from blocksparse.runtime.steps import lower
+
+UNIT = 2.0**-24
+"""Unit roundoff of float32."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _always():
+    """Winograd wherever it can run, in bands of a few tile rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(algorithms, "MEASURED_FLOPS", np.inf)  # the rule decides for all layers
+        patch.setattr(winograd, "pays", lambda *_: True)
+        patch.setattr(products, "BAND_BYTES", 12 * 1024)
+        yield
+
+
+@dataclass(frozen=True)
+class Case:
+    """A convolution of kernel height 3, if asked for with a second one as its residual."""
+
+    image: tuple[int, int]
+    channels: int = 3
+    outputs: int = 5
+    taps: int = 3
+    padding: tuple[int, int] = (1, 1)
+    dilation: int = 1
+    layout: object = "dense"
+    activation: str = "none"
+    residual: bool = False
+    batch: int = 1
+
+    def weights(self, values):
+        """Two weights (K, C, 3, S), zero where the layout has no blocks."""
+        dense = values(2, self.outputs, self.channels, 3, self.taps).astype(np.float32)
+        if self.layout == "dense":
+            return dense
+        block, density, shared = self.layout
+        shape = (self.outputs, self.channels, *((1, 1) if shared else (3, self.taps)))
+        masks = [block_zeros(np.ones(shape, np.float32), block, density, seed) for seed in (0, 1)]
+        return np.stack([d * (m != 0) for d, m in zip(dense, masks, strict=True)])
+
+    def model(self, weights, bias):
+        """The convolution, with a second one of the same geometry for a residual."""
+        b = Builder((self.channels, *self.image))
+        options = {
+            "kernel": (3, self.taps), "padding": self.padding, "dilation": (1, self.dilation),
+        }  # fmt: skip
+        side = None
+        for i in range(2 if self.residual else 1):
+            last = i == self.residual
+            name = b.conv("x", self.outputs, residual=side, **options,
+                          activation=self.activation if last else "none")  # fmt: skip
+            if self.layout == "dense":
+                b.weights[name] = DenseWeight.from_dense(weights[i])
+            else:
+                b.weights[name] = BsrWeight.from_dense(weights[i], self.layout[0])
+            b.vectors[f"{name}.bias"] = bias
+            side = name
+        return b.model()
+
+    def engine(self, weights, bias, lanes=None):
+        """The compiled engine, all products of which are Winograd's."""
+        engine = engine_of(self.model(weights, bias), lanes)
+        ops = {step.op for step in engine.steps.steps if step.packed is not None}
+        assert ops == {records.WINOGRAD}
+        return engine
+
+    def expected(self, x, weights, bias):
+        """What the definition says, in float64."""
+        y = sum(
+            correlate(x, weights[i], self.padding, self.dilation) + bias[:, None, None]
+            for i in range(2 if self.residual else 1)
+        )
+        return np.clip(y, *products.BOUNDS[self.activation])
+
+
+def correlate(x, weight, padding, dilation):
+    """Convolve x (N, C, H, W) with weight (K, C, 3, S) in float64; NaN stays where it reaches."""
+    top, left = padding
+    x = np.pad(x.astype(float), ((0, 0), (0, 0), (top, top), (left, left)))
+    height, width = x.shape[2] - 2, x.shape[3] - dilation * (weight.shape[3] - 1)
+    out = np.zeros((len(x), len(weight), height, width))
+    for r, s in np.ndindex(3, weight.shape[3]):
+        near = x[:, :, r : r + height, s * dilation : s * dilation + width]
+        out += np.einsum("kc,nchw->nkhw", weight[:, :, r, s].astype(float), near)
+    return out
+
+
+def test_the_fast_definition_is_the_definition():
+    x, w = randoms(2, 3, 6, 7), randoms(4, 3, 3, 2)
+    expected = naive.conv2d(x, w, padding=(1, 2), dilation=(1, 2))
+    np.testing.assert_allclose(correlate(x, w, (1, 2), 2), expected, rtol=0, atol=1e-12)
+
+
+def case_of(image, taps, padding, dilation, **options):
+    """Grow the image to the least that has an output."""
+    least = (3, dilation * (taps - 1) + 1)
+    image = tuple(
+        max(size, span - 2 * pad) for size, span, pad in zip(image, least, padding, strict=True)
+    )
+    return Case(image, taps=taps, padding=padding, dilation=dilation, **options)
+
+
+LAYOUTS = ["dense", ((8, 8), 0.5, True), ((8, 8), 0.3, False), ((4, 2), 0.4, False),
+           ((5, 3), 0.5, True), ((1, 1), 0.2, False), ((8, 8), 0.0, True)]  # fmt: skip
+
+CASES = {
+    "image": st.tuples(st.integers(1, 13), st.integers(1, 40)),
+    "taps": st.integers(1, 3),
+    "padding": st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    "dilation": st.integers(1, 3),
+    "batch": st.integers(1, 4),
+    "channels": st.sampled_from([1, 3, 8, 13]),
+    "outputs": st.sampled_from([1, 5, 8, 12]),
+    "layout": st.sampled_from(LAYOUTS),
+    "residual": st.booleans(),
+    "activation": st.sampled_from(["none", "relu", "relu6"]),
+}
+
+
+def integer_weights(rng):
+    return lambda *shape: 24 * rng.integers(-2, 3, shape)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@settings(max_examples=150)
+@given(case=st.builds(case_of, **CASES), seed=st.integers(0, 9), threads=st.integers(1, 3))
+def test_integers_are_exact(lanes, case, seed, threads):
+    rng = np.random.default_rng(seed)
+    weights = case.weights(integer_weights(rng))
+    bias = rng.integers(-99, 100, case.outputs).astype(np.float32)
+    x = rng.integers(-4, 5, (case.batch, case.channels, *case.image)).astype(np.float32)
+    if case.activation == "relu6":  # leave something between the bounds
+        weights, bias, x = weights / 64, bias / 64, x / 8
+    engine = case.engine(weights, bias, lanes)
+    got, plan, memory = run_over(engine, x, SENTINEL, threads)
+    # results are multiples of 1/512; where a plane's sixths cancel, float64 leaves some 1e-16
+    np.testing.assert_allclose(got, case.expected(x, weights, bias), rtol=0, atol=1e-9)
+    assert_nothing_else_written(memory, plan, case.batch)
+    for where in targets(plan, records.WINOGRAD):  # a reader finds zeros around it
+        written = np.zeros(len(memory), bool)
+        written[pixels(where, case.batch)] = True
+        end = where.run(case.batch) + where.margin
+        for channel in range(where.channels):
+            start = where.base + channel * where.channel
+            around = slice(start - where.margin, start + end)
+            assert not memory[around][~written[around]].any()
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@settings(max_examples=80)
+@given(
+    case=st.builds(case_of, **{**CASES, "taps": st.just(3), "dilation": st.just(1)}),
+    seed=st.integers(0, 9), threads=st.integers(1, 3),
+)  # fmt: skip
+def test_tiles_in_both_directions(lanes, case, seed, threads):
+    """Outputs are multiples of 576: a wrong tap, mask or row is far outside the rounding errors."""
+    rng = np.random.default_rng(seed)
+    weights = case.weights(lambda *shape: 576 * rng.integers(-1, 2, shape))
+    bias = 576 * rng.integers(-2, 3, case.outputs).astype(np.float32)
+    x = rng.integers(-1, 2, (case.batch, case.channels, *case.image)).astype(np.float32)
+    model = case.model(weights, bias)
+    engine = engine_of(model, lanes)
+    ways = dict.fromkeys((node.name for node in model.graph.nodes), algorithms.Algorithm.TILES)
+    engine._steps = lower(model, engine.target, ways)
+    got, plan, memory = run_over(engine, x, SENTINEL, threads)
+    assert records.TILES_CONV in plan.records[:, records.OP]
+    assert np.abs(got - case.expected(x, weights, bias)).max() < 8
+    assert_nothing_else_written(memory, plan, case.batch)
+    dirty, _, _ = run_over(engine, x, np.nan, threads)
+    np.testing.assert_array_equal(dirty, got)
+
+
+def magnitudes(case, x, weights):
+    """Sum the absolute terms of Winograd's way, |A| ((|G| |w|) * (|B| |x|)), per output."""
+    a, b, g = (np.abs(matrix) for matrix in (OUTPUT, INPUT, WEIGHT))
+    top, left = case.padding
+    height = x.shape[2] + 2 * top - 2
+    tiles = -(-height // 4)
+    bottom = 4 * tiles + 2 - x.shape[2] - top
+    x = np.pad(np.abs(x).astype(float), ((0, 0), (0, 0), (top, bottom), (left, left)))
+    rows = np.stack([x[:, :, i : i + 4 * tiles : 4] for i in range(6)])
+    planes = np.einsum("pi,inctw->pnctw", b, rows)
+    taps = np.einsum("pr,kcrs->pkcs", g, np.abs(weights).astype(float))
+    width = x.shape[3] - case.dilation * (case.taps - 1)
+    sums = 0
+    for s in range(case.taps):
+        near = planes[..., s * case.dilation : s * case.dilation + width]
+        sums = sums + np.einsum("pkc,pnctw->pnktw", taps[..., s], near)
+    out = np.einsum("yp,pnktw->nktyw", a, sums)
+    return out.reshape(*out.shape[:2], -1, width)[:, :, :height]
+
+
+def error_bound(case, x, weights, bias):
+    """Bound the rounding error of every output.
+
+    A term is rounded at most once in its weight's plane, 3 times in its input's (a row of B has 4
+    entries), once at every addition of a product, 5 times in the output transform (a row of A has 5
+    entries, one of which may be a product of its own), once for bias and once for the residual; a
+    bias then sees the last two.
+    """
+    count = 2 if case.residual else 1
+    roundings = 1 + 3 + case.channels * case.taps + 5 + 2
+    error = 0
+    for i in range(count):
+        terms = magnitudes(case, x, weights[i]) + np.abs(bias)[:, None, None]
+        # what the residual is rounded to is then added, and rounded, once more
+        error = error + terms * (roundings + 1) * UNIT / (1 - (roundings + 1) * UNIT)
+    return error
+
+
+@settings(max_examples=100)
+@given(
+    case=st.builds(case_of, **CASES), seed=st.integers(0, 9),
+    decades=st.sampled_from([0, 0, 3, 8]),
+)  # fmt: skip
+def test_reals_stay_within_the_bound_of_their_roundings(case, seed, decades):
+    """Also where neighbours differ by sixteen orders of magnitude."""
+    rng = np.random.default_rng(seed)
+
+    def reals(*shape):
+        values = rng.standard_normal(shape) * 10.0 ** rng.uniform(-decades, decades, shape)
+        return values.astype(np.float32)
+
+    weights, bias = case.weights(reals), reals(case.outputs)
+    x = reals(case.batch, case.channels, *case.image)
+    got = case.engine(weights, bias).run(x, 1)
+    error = np.abs(got - case.expected(x, weights, bias))
+    bound = error_bound(case, x, weights, bias)
+    assert (error <= bound).all(), f"{np.max(error / bound):.2f} of the bound"
+
+
+def test_the_error_is_far_below_the_bound_in_practice():
+    """Roundings mostly cancel: on normal weights and inputs a hundredth of the bound is left."""
+    case = Case((28, 28), channels=64, outputs=16)
+    weights, bias = case.weights(randoms), randoms(16)
+    x = randoms(1, 64, 28, 28)
+    expected = case.expected(x, weights, bias)
+    error = np.abs(case.engine(weights, bias).run(x, 1) - expected)
+    part = np.max(error / error_bound(case, x, weights, bias))
+    relative = np.sqrt(np.mean(error**2) / np.mean(expected**2))
+    print(f"largest error: {part:.4f} of the bound; root mean square {relative:.1e} of the output")
+    assert part < 0.01
+    assert relative < 30 * UNIT
+
+
+@pytest.mark.parametrize("layout", ["dense", ((8, 8), 0.4, False)], ids=["dense", "bsr"])
+def test_bits_do_not_depend_on_threads_order_or_repetition(layout):
+    case = Case((26, 19), 4, 44, layout=layout, residual=True, activation="relu", batch=3)
+    engine = case.engine(case.weights(randoms), randoms(44))
+    x = randoms(3, 4, 26, 19)
+    expected = engine.run(x, 1)
+    plan = engine._plan(3, 1).plan
+    for record in plan.records[plan.records[:, records.OP] == records.WINOGRAD]:
+        assert record[records.PARTS_COUNT] > 1
+        assert record[records.ITEMS] > 2 * record[records.PARTS_COUNT], "several bands"
+    for threads in (1, 2, 3, 9):
+        for _ in range(3):
+            np.testing.assert_array_equal(engine.run(x, threads), expected)
+    engine._helpers = Helpers()
+    engine.run(x, 2)
+    shuffled(engine._helpers.calls[0], expected, 3)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_planes_of_another_call_or_step_are_not_taken_for_ones_own(layers):
+    """Layers of one band each, called with one image and then another."""
+    b = Builder((8, 4, 9))
+    x = "x"
+    for seed in range(layers):
+        x = b.conv(x, 4, seed=seed, activation="none")  # one tile of rows on every target
+    model = b.model()
+    engine = engine_of(model)
+    plan = engine._plan(1, 1).plan
+    items = plan.records[plan.records[:, records.OP] == records.WINOGRAD][:, records.ITEMS]
+    assert items.tolist() == [1] * layers
+    for images in randoms(3, 1, 8, 4, 9):
+        got = engine.run(images, 1)
+        np.testing.assert_array_equal(got, engine_of(model).run(images, 1))
+        want = images
+        for weight in model.weights.values():
+            bias = randoms(4, seed=7)[:, None, None]
+            want = correlate(want, weight.values, (1, 1), 1) + bias
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_stay_within_their_tiles(value):
+    """They reach every row of the tiles that read their row, in the columns the kernel reaches.
+
+    A tile's planes mix its six rows, so an infinity meets another one of opposite sign there: what
+    comes out is a NaN or an infinity. Everything else keeps its bits.
+    """
+    case = Case((13, 11), 3, 5, batch=2, padding=(1, 2), dilation=2)
+    weights, bias = case.weights(randoms), randoms(5)
+    engine = case.engine(weights, bias)
+    clean = randoms(2, 3, 13, 11)
+    expected = engine.run(clean, 1)
+    for row, column in ((0, 0), (3, 5), (4, 10), (7, 3), (12, 10)):
+        x = clean.copy()
+        x[0, 1, row, column] = value
+        got = engine.run(x, 1)
+        direct = ~np.isfinite(case.expected(x, weights, bias))
+        within = np.zeros_like(direct)
+        for tile in range(-(-within.shape[2] // 4)):
+            read = range(4 * tile - 1, 4 * tile + 5)
+            if row in read:
+                columns = direct.any(axis=(1, 2))[:, None, None, :]
+                within[:, :, 4 * tile : 4 * tile + 4] |= columns
+        assert direct.any()
+        assert not np.isfinite(got[direct]).any()
+        np.testing.assert_array_equal(got[~within], expected[~within])
+        assert np.isfinite(got[~within]).all()
+
+
+def test_padding_is_zero_whatever_memory_held():
+    """A chain in both directions: Winograd's layers before and after others, memory full of NaN."""
+    b = Builder((5, 7, 18))
+    x = b.conv("x", 8)
+    x = b.conv(x, 9, kernel=(5, 5), padding=(2, 2), seed=1)
+    x = b.conv(x, 8, kernel=(3, 1), padding=(1, 0), seed=2)
+    x = b.conv(x, 8, padding=(0, 2), seed=3)
+    b.conv(b.conv(x, 6, padding=(2, 1), seed=4), 4, kernel=(1, 3), padding=(0, 1), seed=5)
+    engine = engine_of(b.model())
+    images = randoms(3, 5, 7, 18)
+    clean, _, _ = run_over(engine, images, 0)
+    for fill in (np.nan, 1e30):
+        dirty, _, _ = run_over(engine, images, fill)
+        np.testing.assert_array_equal(dirty, clean)
+    assert np.isfinite(clean).all()
+    assert np.abs(clean).max() > 0
+
+
+def test_cases_cover_the_ragged_ends():
+    """The shapes above do reach partial tiles, several bands, ragged vectors and ragged blocks."""
+    case = replace(Case((13, 17)), batch=3, channels=13, outputs=12)
+    engine = case.engine(case.weights(randoms), randoms(12), 4)
+    record = engine._plan(3, 1).plan.records[1]
+    assert record[records.TILE_ROWS_ALL] == 12
+    assert record[records.ITEMS] // record[records.PARTS_COUNT] > 1
+    assert engine.steps.frames[engine.steps.steps[1].target].row % 4
