@@ -20,11 +20,12 @@ from blocksparse.perf.bound import Bound, layer_bound, traffic, weight_bytes
 from blocksparse.perf.ceilings import Ceilings
 from blocksparse.perf.cost import NodeCost, cost
 from blocksparse.perf.timing import Timing, interleave
-from blocksparse.runtime.compiled import CompiledEngine, Trace
+from blocksparse.runtime.compiled import CompiledEngine
 from blocksparse.runtime.explain import LayerChoice
 from blocksparse.runtime.kernels import records
 from blocksparse.runtime.network import Network
 from blocksparse.runtime.steps import Step
+from blocksparse.runtime.trace import Trace
 
 WINOGRAD = "winograd"
 """The part of a convolution that is computed in Winograd's way, transforms included."""

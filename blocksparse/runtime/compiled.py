@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import OrderedDict
-from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 import numpy.typing as npt
 
-from blocksparse.format import BsrWeight, Model, NMWeight, Node, Weight
+from blocksparse.format import Model
 
 from .algorithms import Algorithms
+from .calls import CallMemory
+from .choices import choice_of
 from .explain import LayerChoice
 from .helpers import Helpers
 from .kernels import program, records
 from .kernels.target import describe, host
 from .plan import Plan, bind
 from .steps import Packs, Step, Steps, lower
+from .trace import CLOCK, UNTIMED, Trace, blank_times, trace
 
 PLANS = 4
 """Batch sizes kept ready; the one used longest ago is dropped."""
@@ -31,90 +32,7 @@ ROUNDS = 5
 MOST_IMAGES = 8
 """Images of such a run: more cost time and change little."""
 
-CLOCK = hasattr(time, "CLOCK_MONOTONIC")
-"""Whether compiled code can tell the time."""
-
-_CACHE_LINE = 64
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Trace:
-    """Where the time of one call went.
-
-    Parameters
-    ----------
-    steps : list of Step
-        What ran, in order.
-    step_ns : ndarray of int64, shape (steps,)
-        Nanoseconds from the end of the step before to the end of this one, as the calling thread
-        saw it, waiting for other threads included.
-    busy_ns : ndarray of int64, shape (threads, steps)
-        Nanoseconds each thread worked on the step; the calling thread comes first. A helper that
-        came late or never has zeros.
-    """
-
-    steps: list[Step]
-    step_ns: npt.NDArray[np.int64]
-    busy_ns: npt.NDArray[np.int64]
-
-    def by_node(self) -> dict[str, float]:
-        """Milliseconds of every node: the sum of its steps."""
-        result: dict[str, float] = {}
-        for step, nanoseconds in zip(self.steps, self.step_ns.tolist(), strict=True):
-            result[step.node.name] = result.get(step.node.name, 0.0) + nanoseconds / 1e6
-        return result
-
-
-def _times(steps: Steps, threads: int) -> list[npt.NDArray[np.int64]]:
-    return [np.zeros((len(steps.steps) + 1, 2), np.int64) for _ in range(threads)]
-
-
-def _trace(steps: Steps, times: list[npt.NDArray[np.int64]]) -> Trace:
-    done = np.stack(times)
-    busy = np.where(done[:, 1:, 0] > 0, done[:, 1:, 0] - done[:, :-1, 1], 0)
-    return Trace(steps.steps, np.diff(done[0, :, 1]), busy)
-
-
-_UNTIMED = np.zeros((0, 2), np.int64)
-
-
-class _Memory:
-    """What one call writes to: values and counters. Calls at the same time have one each."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan  # its records hold addresses of its arrays
-        self._scratch: list[tuple[npt.NDArray[np.float32], int]] = []
-        self._scratch_bytes = plan.scratch
-        # zeroed once: lanes beyond an image are computed on, and must not hold signalling garbage
-        # a line in front: the left neighbour of the first pixel is read before it is masked
-        raw = np.zeros(plan.floats + 2 * _CACHE_LINE // 4, np.float32)
-        skip = _CACHE_LINE // 4 + -raw.ctypes.data % _CACHE_LINE // 4
-        values = raw[skip : skip + plan.floats]
-        size = program.GATE + plan.counters
-        counters = np.zeros(size + _CACHE_LINE // 8, np.int64)
-        skip = -counters.ctypes.data % _CACHE_LINE // 8
-        self.counters = counters[skip : skip + size]
-        self.calls = 0
-        # what `program.run` takes first; looking up an address takes a microsecond
-        self.fixed = (
-            plan.records, plan.integers, plan.vectors, values, values.ctypes.data, self.counters
-        )  # fmt: skip
-
-    def open_gate(self) -> int:
-        """Zero the counters and let helpers in; return the number of the call."""
-        self.calls = (self.calls + 1) % 2**31
-        self.counters[1:] = 0
-        self.counters[0] = self.calls << 32
-        return self.calls
-
-    def scratch(self, thread: int) -> int:
-        """Address of the scratch memory of a thread."""
-        while len(self._scratch) <= thread:
-            raw = np.zeros((self._scratch_bytes + _CACHE_LINE) // 4, np.float32)
-            address = int(raw.ctypes.data)
-            self._scratch.append((raw, address + -address % _CACHE_LINE))
-        return self._scratch[thread][1]
 
 
 class _Ready:
@@ -122,7 +40,7 @@ class _Ready:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.free: list[_Memory] = []
+        self.free: list[CallMemory] = []
 
 
 class CompiledEngine:
@@ -172,7 +90,9 @@ class CompiledEngine:
         rows = []
         for node in self.model.graph.nodes:
             weight = self.model.weights.get(node.name)
-            kernel, reason = _choice(node, steps.get(node.name, []), weight)
+            chosen = self.algorithms.choices.get(node.name)
+            measured = "" if chosen is None else chosen.reason
+            kernel, reason = choice_of(node, steps.get(node.name, []), weight, measured)
             density = None if weight is None else weight.density
             rows.append(LayerChoice(node.name, node.op, node.shape, density, kernel, reason))
         return rows
@@ -191,7 +111,7 @@ class CompiledEngine:
         -------
         ndarray of float32, shape (N, classes)
         """
-        return self._run(x, threads, [_UNTIMED] * threads)
+        return self._run(x, threads, [UNTIMED] * threads)
 
     def timed_run(
         self, x: npt.NDArray[np.float32], threads: int
@@ -206,9 +126,9 @@ class CompiledEngine:
         if not CLOCK:
             raise RuntimeError("steps cannot be timed here: the system has no POSIX clock")
         self._plan(len(x), threads)
-        times = _times(self.steps, threads)
+        times = blank_times(self.steps, threads)
         output = self._run(x, threads, times)
-        return output, _trace(self.steps, times)
+        return output, trace(self.steps, times)
 
     def _run(
         self, x: npt.NDArray[np.float32], threads: int, times: list[npt.NDArray[np.int64]]
@@ -216,7 +136,7 @@ class CompiledEngine:
         ready = self._plan(len(x), threads)
         with self._lock:
             memory = ready.free.pop() if ready.free else None
-        memory = memory or _Memory(ready.plan)
+        memory = memory or CallMemory(ready.plan)
         output = self._execute(memory, x, times)
         with self._lock:
             ready.free.append(memory)
@@ -224,7 +144,7 @@ class CompiledEngine:
 
     def _execute(
         self,
-        memory: _Memory,
+        memory: CallMemory,
         x: npt.NDArray[np.float32],
         times: list[npt.NDArray[np.int64]],
     ) -> npt.NDArray[np.float32]:
@@ -274,15 +194,15 @@ class CompiledEngine:
             for number in range(max(map(len, layers.values()))):
                 steps = self._lowered(packs, number)
                 plan = bind(self.model, steps, self.target, batch)
-                trials.append((steps, _Memory(plan)))
+                trials.append((steps, CallMemory(plan)))
             shape = (batch, *self.model.input_shape)
             x = np.random.default_rng(0).standard_normal(shape, np.float32)
             taken: list[list[dict[str, float]]] = [[] for _ in trials]
             for _ in range(ROUNDS + 1):
                 for (steps, memory), rounds in zip(trials, taken, strict=True):
-                    times = _times(steps, threads)
+                    times = blank_times(steps, threads)
                     self._execute(memory, x, times)
-                    rounds.append(_trace(steps, times).by_node())
+                    rounds.append(trace(steps, times).by_node())
             self.algorithms.settle(
                 {
                     name: {
@@ -299,34 +219,3 @@ class CompiledEngine:
             if batch in self._ready:
                 self._ready.move_to_end(batch)
             return self._ready.get(batch)
-
-
-def _choice(node: Node, steps: list[Step], weight: Weight | None) -> tuple[str, str]:
-    """Name the kernel of a node and say why it was chosen."""
-    if not steps:
-        return "none", "its parts are written in place"
-    copies = sum(step.op == records.COPY for step in steps)
-    product = next((step for step in steps if step.packed is not None), None)
-    if product is None or product.packed is None:
-        kind = "copy" if copies == len(steps) else node.op
-        return (
-            f"f32_{kind}",
-            f"{copies} of its parts copied" if node.op == "concat" else "no weight",
-        )
-    tile = f"in tiles of {product.packed.rows} outputs by {product.packed.columns} inputs"
-    if isinstance(weight, NMWeight):
-        pattern, reason = (
-            f"nm{weight.n}of{weight.m}",
-            f"packed {weight.n}:{weight.m}, read as it is",
-        )
-    elif isinstance(weight, BsrWeight):
-        r, c = weight.block
-        pattern, reason = f"bsr{r}x{c}", f"{len(weight.indices)} blocks stored, {tile}"
-    else:
-        pattern, reason = "dense", f"stored dense, {tile}"
-    if copies:
-        reason += "; input split into phase planes for its stride"
-    if product is not steps[-1]:
-        reason += f"; then {node.attrs['activation']} in place"
-    op = node.op.removesuffix("2d")
-    return f"f32_{pattern}_{op}_{node.attrs['activation']}", reason

@@ -16,12 +16,13 @@ import numpy.typing as npt
 from blocksparse.format import ACTIVATIONS, Model
 
 from . import layout
+from .bands import fill_columns, fill_tiles
 from .kernels import objects, program, records
 from .kernels.target import Target
 from .kernels.writer import Kernel
 from .layout import Layout
 from .memory import Lifetime, assign
-from .products import ITEMS, fill_conv, fill_linear, fill_tiles, fill_winograd, lane_bits
+from .products import ITEMS, fill_conv, fill_linear, lane_bits
 from .steps import Step, Steps, kernel_size
 from .tables import Tables
 
@@ -294,7 +295,7 @@ class _Binding:
         if step.op in (records.LINEAR, records.LINEAR_NM):
             fill_linear(record, step, step.packed, bias, self.target, self.tables)
         elif step.op in (records.WINOGRAD, records.TILES_CONV):
-            fill = fill_tiles if step.op == records.TILES_CONV else fill_winograd
+            fill = fill_tiles if step.op == records.TILES_CONV else fill_columns
             needed = fill(
                 record, step, step.packed, bias, self.target, self.tables, output, self.batch
             )

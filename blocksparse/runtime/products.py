@@ -1,4 +1,4 @@
-"""Records of convolutions and linear layers: kernels, offsets, panels, parts."""
+"""Records of direct convolutions and linear layers: kernels, offsets, panels, parts."""
 
 # S kernel steps, T row tiles, N images
 
@@ -14,9 +14,6 @@ from blocksparse.format import Node
 from . import layout
 from .kernels import objects, records
 from .kernels.target import Target
-from .kernels.winograd import HEADER
-from .kernels.winograd_matrices import OUTPUTS, PLANES
-from .kernels.winograd_tiles import WIDEST
 from .kernels.writer import Kernel
 from .layout import Layout
 from .prepack import Packed
@@ -26,12 +23,11 @@ from .tables import Tables
 PANEL_BYTES = 256 * 1024
 """Input of one panel of pixels: a quarter of a common second-level cache; weights pass by it."""
 
-SPLIT = 1
-LEAST = 2
 ITEMS = 16
 """Work items that a large step is cut into: enough for a few threads to finish together."""
 
-BAND_BYTES = 768 * 1024
+HALVES = 2
+"""Least parts that pixels are cut into where threads share pixels rather than output channels."""
 
 BOUNDS = {"none": (-inf, inf), "relu": (0.0, inf), "relu6": (0.0, 6.0)}
 """The activations in `steps.CLAMPS`, as the bounds they clamp to."""
@@ -61,7 +57,7 @@ def fill_linear(
     tables: Tables,
 ) -> None:
     """Fill the record of a linear layer; its layouts are there already."""
-    record[records.ITEMS] = _fill(
+    record[records.ITEMS] = fill_product(
         record, step, packed, packed.channels, bias, target, tables, ITEMS
     )
 
@@ -89,129 +85,25 @@ def fill_conv(
     channels = source.channels // planes
     panel = max(1, PANEL_BYTES // (4 * lanes * channels * widest)) * widest
     panels = -(-vectors // panel)
-    nbytes = packed.values.nbytes
-    values = channels * vectors * lanes * 4
-    if nbytes <= SPLIT * values:
-        panels = max(panels, min(LEAST, vectors))
+    if shares_pixels(packed, 4 * channels * vectors * lanes):
+        panels = max(panels, min(HALVES, vectors))
     panel = -(-vectors // panels)
     panels = -(-vectors // panel)
     record[records.VECTORS] = vectors
     record[records.PANEL] = panel
     record[records.LANES] = lanes
     record[records.MASK] = tables.address(pixel_mask(output, batch, lanes))
-    parts = _fill(record, step, packed, offsets, bias, target, tables, -(-ITEMS // panels))
+    parts = fill_product(record, step, packed, offsets, bias, target, tables, -(-ITEMS // panels))
     record[records.ITEMS] = panels * parts
 
 
-def fill_winograd(
-    record: npt.NDArray[np.int64],
-    step: Step,
-    packed: Packed,
-    bias: npt.NDArray[np.float32],
-    target: Target,
-    tables: Tables,
-    output: Layout,
-    batch: int,
-) -> int:
-    """Fill the record of a Winograd convolution; return the bytes of scratch memory it needs."""
-    lanes, row = target.lanes, output.row
-    channels = int(record[records.SOURCE + 4])
-    per_image = -(-output.height // OUTPUTS)
-    rows = batch * per_image
-    band = max(1, BAND_BYTES // (4 * PLANES * channels * row))
-    bands = -(-rows // band)
-    if packed.values.nbytes <= SPLIT * channels * rows * OUTPUTS * row * 4:
-        bands = max(bands, min(LEAST, rows))
-    if bands % LEAST and bands > 1:
-        bands = min(bands + 1, rows)
-    band = -(-rows // bands)
-    bands = -(-rows // band)
-    # the zeros left of the first row, the band, and what its last vector reads beyond
-    vectors = -(-band * row // lanes)
-    line = layout.odd_lines(lanes + (vectors + 1) * lanes + step.node.attrs["dilation"][1] * 16)
-    sums = layout.odd_lines(vectors * lanes + lanes)
-    record[records.TILE_ROWS_ALL] = rows
-    record[records.BAND] = band
-    record[records.TILE_ROWS_IMAGE] = per_image
-    record[records.LANES] = lanes
-    record[records.PAD_TOP] = step.node.attrs["padding"][0]
-    record[records.PLANE_CHANNEL] = line
-    plane = layout.odd_lines(channels * line)
-    record[records.PLANE] = plane
-    record[records.SUMS_ROW] = sums
-    record[records.SUMS_PLANE] = packed.rows * sums
-    record[records.STEP_BYTES] = 4 * packed.rows * packed.columns
-    record[records.INPUT_KERNEL] = objects.address(Kernel("winograd_input"), target)
-    record[records.OUTPUT_KERNEL] = objects.address(Kernel("winograd_output"), target)
-    columns = np.arange(layout.round_up(row, lanes))
-    record[records.INSIDE] = tables.address(lane_bits(columns < output.width, lanes))
-    record[records.WITHIN] = tables.address(lane_bits(columns < row, lanes))
-    record[records.ZEROS] = tables.address(np.zeros(len(columns), np.float32))
-    offsets = packed.channels.astype(np.int64) * line - step.node.attrs["padding"][1]
-    offsets += packed.positions * step.node.attrs["dilation"][1]
-    parts = _fill(
-        record, step, packed, offsets.astype(np.int32), bias, target, tables, -(-ITEMS // bands)
-    )
-    record[records.ITEMS] = bands * parts
-    return HEADER + 4 * PLANES * (plane + packed.rows * sums)
+def shares_pixels(packed: Packed, input_bytes: int) -> bool:
+    """Whether threads should share a layer's pixels, or its output channels.
 
-
-def fill_tiles(
-    record: npt.NDArray[np.int64],
-    step: Step,
-    packed: Packed,
-    bias: npt.NDArray[np.float32],
-    target: Target,
-    tables: Tables,
-    output: Layout,
-    batch: int,
-) -> int:
-    """Fill the record of a convolution in tiles; return the bytes of scratch memory it needs."""
-    lanes, planes = target.lanes, PLANES * PLANES
-    source = Layout(*record[records.SOURCE : records.SOURCE + 8].tolist())
-    across = -(-output.width // OUTPUTS)
-    down = -(-output.height // OUTPUTS)
-    groups = next(g for g in (4, 2, 1) if g == 1 or (g <= down and across <= lanes // g))
-    along = -(-across * groups // lanes)
-    per_image = -(-down // groups) * along
-    units = batch * per_image
-    band = max(1, BAND_BYTES // (4 * planes * source.channels * lanes))
-    bands = -(-units // band)
-    if packed.values.nbytes <= SPLIT * source.channels * output.height * output.row * 4 * batch:
-        bands = max(bands, min(LEAST, units))
-    if bands % LEAST and bands > 1:
-        bands = min(bands + 1, units)
-    band = -(-units // bands)
-    bands = -(-units // band)
-    line = layout.odd_lines(band * lanes)
-    plane = layout.odd_lines(source.channels * line)
-    record[records.TILE_ROWS_ALL] = units
-    record[records.BAND] = band
-    record[records.TILE_ROWS_IMAGE] = per_image
-    record[records.GROUPS] = groups
-    record[records.UNITS_ROW] = along
-    record[records.LANES] = lanes
-    record[[records.PAD_TOP, records.PAD_LEFT]] = step.node.attrs["padding"]
-    record[records.PLANE_CHANNEL] = line
-    record[records.PLANE] = plane
-    record[records.SUMS_ROW] = WIDEST * lanes
-    record[records.SUMS_PLANE] = packed.rows * WIDEST * lanes
-    record[records.STEP_BYTES] = 4 * packed.rows * packed.columns
-    record[records.INPUT_KERNEL] = objects.address(Kernel("tile_input", width=groups), target)
-    record[records.OUTPUT_KERNEL] = objects.address(Kernel("tile_output", width=groups), target)
-    record[records.ZEROS] = tables.address(np.zeros((along + 1) * OUTPUTS * lanes, np.float32))
-    # the four vectors of a unit along a row, [unit][vector][lane]: which pixel each lane holds
-    pixel = np.arange(OUTPUTS * lanes).reshape(OUTPUTS, lanes) % (OUTPUTS * lanes // groups)
-    pixel = pixel + np.arange(along)[:, None, None] * OUTPUTS * lanes
-    read = pixel - step.node.attrs["padding"][1]
-    inside = [(at >= 0) & (at < source.width) for at in (read, read + OUTPUTS)]
-    record[records.INSIDE] = tables.address(lane_bits(np.concatenate(inside, axis=1), lanes))
-    written = [pixel < output.width, pixel < output.row]
-    record[records.WITHIN] = tables.address(lane_bits(np.concatenate(written, axis=1), lanes))
-    offsets = (packed.channels.astype(np.int64) * line).astype(np.int32)
-    parts = _fill(record, step, packed, offsets, bias, target, tables, -(-ITEMS // bands))
-    record[records.ITEMS] = bands * parts
-    return HEADER + 4 * planes * (plane + packed.rows * WIDEST * lanes)
+    Who shares pixels reads all weights; who shares channels reads all inputs, half of which another
+    core has just written. So the smaller of the two is read twice.
+    """
+    return packed.values.nbytes <= input_bytes
 
 
 def conv_offsets(
@@ -305,7 +197,7 @@ def balanced(work: list[int], parts: int) -> list[int]:
     return sorted({int(i) for i in np.searchsorted(total, wanted)} | {0, len(work)})
 
 
-def _fill(
+def fill_product(
     record: npt.NDArray[np.int64],
     step: Step,
     packed: Packed,
@@ -315,7 +207,23 @@ def _fill(
     tables: Tables,
     parts: int,
 ) -> int:
-    """Fill what convolutions and linear layers share; return the number of parts."""
+    """Fill what convolutions and linear layers share; return the number of parts.
+
+    Parameters
+    ----------
+    record : ndarray of int64
+        The record.
+    step, packed : Step, Packed
+        What is computed, with which weight.
+    offsets : ndarray of int32, shape (S,)
+        Place of every kernel step's first input.
+    bias : ndarray of float32, shape (K,)
+        One value an output channel.
+    target, tables : Target, Tables
+        What kernels are compiled for, and where arrays are kept.
+    parts : int
+        Parts wanted that the row tiles are cut into.
+    """
     for place, width in enumerate(KERNELS[step.op][1]):
         kernel = kernel_for(step.op, packed, width)
         record[records.KERNELS + place] = objects.address(kernel, target)

@@ -194,8 +194,10 @@ class _Lowering:
 
     def _product(self, op: int, node: Node, source: str, other: str | None, groups: int) -> None:
         weight = self.model.weights[node.name]
+        way = Algorithm.DIRECT
         if op == records.CONV:
-            op, packed = self._prepared(node, weight, source)
+            way, packed = self._prepared(node, weight, source)
+            op = records.TILES_CONV if way.tiles else records.WINOGRAD if way.columns else op
         else:
             packed = pack(weight, groups, self.target)
             release(weight)
@@ -203,12 +205,12 @@ class _Lowering:
             op = {records.CONV: records.CONV_NM, records.LINEAR: records.LINEAR_NM}[op]
         activation = node.attrs["activation"]
         fused = activation if activation in CLAMPS else "none"
-        self._emit(op, node, source, node.name, other, packed, activation=fused)
+        self._emit(op, node, source, node.name, other, packed, activation=fused, way=way)
         if fused != activation:
             self._elementwise(node, records.ACTIVATE, node.name, None, activation)
 
-    def _prepared(self, node: Node, weight: Weight, source: str) -> tuple[int, Packed]:
-        """Prepare the weight of a convolution, and say what it is for."""
+    def _prepared(self, node: Node, weight: Weight, source: str) -> tuple[Algorithm, Packed]:
+        """Prepare the weight of a convolution, and say how it is computed."""
         way = self.ways.get(node.name)
         stored = Algorithm.DENSE if way is not None and way.dense else Algorithm.DIRECT
         if (node.name, stored) not in self.packs:
@@ -218,13 +220,12 @@ class _Lowering:
         packed = self.packs[node.name, stored]
         if way is None:
             way = Algorithm.COLUMNS if self._rule(node, packed, source) else Algorithm.DIRECT
-        if not (way.columns or way.tiles):
-            return records.CONV, packed
-        if (node.name, way) not in self.packs:
-            width = kernel_size(self.model, node)[1]
-            self.packs[node.name, way] = winograd.transform(packed, width, both=way.tiles)
-        op = records.TILES_CONV if way.tiles else records.WINOGRAD
-        return op, self.packs[node.name, way]
+        if way.columns or way.tiles:
+            if (node.name, way) not in self.packs:
+                width = kernel_size(self.model, node)[1]
+                self.packs[node.name, way] = winograd.transform(packed, width, both=way.tiles)
+            packed = self.packs[node.name, way]
+        return way, packed
 
     def _rule(self, node: Node, packed: Packed, source: str) -> bool:
         """Whether a layer that nobody measured goes through Winograd."""

@@ -13,10 +13,10 @@ from blocksparse.perf.caches import Cache
 from blocksparse.perf.ceilings import MEMORY, Ceiling, Ceilings
 from blocksparse.perf.profile import layers_of, profile
 from blocksparse.runtime import load
-from blocksparse.runtime.compiled import Trace
 from blocksparse.runtime.explain import LayerChoice
 from blocksparse.runtime.kernels.target import host
 from blocksparse.runtime.steps import lower
+from blocksparse.runtime.trace import Trace
 
 KIB = 1024
 

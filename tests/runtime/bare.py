@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from blocksparse.runtime import compiled
+from blocksparse.runtime.calls import CallMemory
 from blocksparse.runtime.kernels import objects, records
 from blocksparse.runtime.kernels.target import host
 from blocksparse.runtime.layout import ALIGN, Layout, round_up
@@ -51,7 +52,7 @@ def engine_of(model, lanes=None):
 def run_over(engine, x, fill, threads=1):
     """Run in memory that held `fill`; return the output, the plan and the memory."""
     ready = engine._plan(len(x), threads)
-    memory = compiled._Memory(ready.plan)
+    memory = CallMemory(ready.plan)
     values = memory.fixed[3]
     values[:] = fill
     for thread in range(threads):

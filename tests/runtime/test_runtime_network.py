@@ -112,7 +112,8 @@ def test_engines(model, caplog, monkeypatch):
     np.testing.assert_array_equal(fallback(x), reference.run(model, x))
 
 
-def test_explain_names_kernels_and_reasons(model):
+def test_explain_names_kernels_and_reasons(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path))  # no layer has been measured
     text = str(load(model).explain())
     for part in (
         "f32_bsr8x8_conv_relu", "f32_nm2of4_conv_relu", "f32_dense_linear_none", "phase planes",

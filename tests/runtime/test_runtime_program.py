@@ -10,7 +10,7 @@ import pytest
 from bare import engine_of
 from models import POOL, Builder, randoms
 
-from blocksparse.runtime.compiled import _Memory
+from blocksparse.runtime.calls import CallMemory
 from blocksparse.runtime.kernels import program, records
 
 
@@ -139,7 +139,7 @@ def test_more_threads_than_cores_and_queues(network, threads):
 def test_counters_are_as_many_as_the_plan_says(network):
     engine, images, _ = network
     plan = engine._plan(len(images), 1).plan
-    memory = _Memory(plan)
+    memory = CallMemory(plan)
     assert plan.counters == len(plan.records) * program.COUNTER_STRIDE
     assert len(memory.counters) == program.GATE + plan.counters
     assert program.GATE % program.LINE == 0
@@ -150,7 +150,7 @@ def test_counters_are_as_many_as_the_plan_says(network):
 def test_every_thread_has_scratch_memory_of_its_own(network):
     engine, images, _ = network
     plan = engine._plan(len(images), 1).plan
-    memory = _Memory(plan)
+    memory = CallMemory(plan)
     places = [memory.scratch(thread) for thread in (2, 0, 1)]
     assert all(place % 64 == 0 for place in places)
     assert [memory.scratch(thread) for thread in (2, 0, 1)] == places

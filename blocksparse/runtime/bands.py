@@ -1,0 +1,166 @@
+"""Records of convolutions through Winograd's transforms: bands of tiles, scratch memory."""
+
+# S kernel steps, K out-channels
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from . import layout
+from .kernels import objects, records
+from .kernels.target import Target
+from .kernels.winograd import HEADER
+from .kernels.winograd_matrices import OUTPUTS, PLANES
+from .kernels.winograd_tiles import WIDEST
+from .kernels.writer import Kernel
+from .layout import Layout
+from .prepack import Packed
+from .products import HALVES, ITEMS, fill_product, lane_bits, shares_pixels
+from .steps import Step
+from .tables import Tables
+
+BAND_BYTES = 512 * 1024
+"""Planes of one band: half of a common second-level cache; weights pass by it."""
+
+
+def cut(units: int, unit_bytes: int, in_halves: bool) -> tuple[int, int]:
+    """Cut tile rows, or units of tiles, into bands.
+
+    Parameters
+    ----------
+    units : int
+        How many there are.
+    unit_bytes : int
+        Bytes of the planes of one.
+    in_halves : bool
+        Whether threads share bands: then their number is even, where it can be.
+
+    Returns
+    -------
+    band : int
+        Units of a band.
+    bands : int
+        How many bands.
+    """
+    bands = -(-units // max(1, BAND_BYTES // unit_bytes))
+    if in_halves or bands > 1:
+        bands = min(layout.round_up(bands, HALVES), units)
+    band = -(-units // bands)
+    return band, -(-units // band)
+
+
+def fill_columns(
+    record: npt.NDArray[np.int64],
+    step: Step,
+    packed: Packed,
+    bias: npt.NDArray[np.float32],
+    target: Target,
+    tables: Tables,
+    output: Layout,
+    batch: int,
+) -> int:
+    """Fill the record of a convolution through F(4, 3) down the columns.
+
+    Returns
+    -------
+    int
+        Bytes of scratch memory that a thread needs.
+    """
+    lanes, row = target.lanes, output.row
+    channels = int(record[records.SOURCE + 4])
+    per_image = -(-output.height // OUTPUTS)
+    in_halves = shares_pixels(packed, 4 * channels * batch * per_image * OUTPUTS * row)
+    band, bands = cut(batch * per_image, 4 * PLANES * channels * row, in_halves)
+    # the zeros left of the first row, the band, and what its last vector reads beyond
+    vectors = -(-band * row // lanes)
+    dilation = step.node.attrs["dilation"][1]
+    line = layout.odd_lines(lanes + (vectors + 1) * lanes + dilation * 16)
+    plane = layout.odd_lines(channels * line)
+    sums = layout.odd_lines(vectors * lanes + lanes)
+    record[records.TILE_ROWS_ALL] = batch * per_image
+    record[records.BAND] = band
+    record[records.TILE_ROWS_IMAGE] = per_image
+    record[[records.PLANE, records.PLANE_CHANNEL]] = plane, line
+    record[[records.SUMS_PLANE, records.SUMS_ROW]] = packed.rows * sums, sums
+    record[records.INPUT_KERNEL] = objects.address(Kernel("winograd_input"), target)
+    record[records.OUTPUT_KERNEL] = objects.address(Kernel("winograd_output"), target)
+    columns = np.arange(layout.round_up(row, lanes))
+    record[records.INSIDE] = tables.address(lane_bits(columns < output.width, lanes))
+    record[records.WITHIN] = tables.address(lane_bits(columns < row, lanes))
+    record[records.ZEROS] = tables.address(np.zeros(len(columns), np.float32))
+    offsets = packed.channels.astype(np.int64) * line - step.node.attrs["padding"][1]
+    offsets += packed.positions * dilation
+    _fill(record, step, packed, offsets, bias, target, tables, bands)
+    return HEADER + 4 * PLANES * (plane + packed.rows * sums)
+
+
+def fill_tiles(
+    record: npt.NDArray[np.int64],
+    step: Step,
+    packed: Packed,
+    bias: npt.NDArray[np.float32],
+    target: Target,
+    tables: Tables,
+    output: Layout,
+    batch: int,
+) -> int:
+    """Fill the record of a convolution through F(4x4, 3x3).
+
+    Returns
+    -------
+    int
+        Bytes of scratch memory that a thread needs.
+    """
+    lanes, planes = target.lanes, PLANES * PLANES
+    source = Layout(*record[records.SOURCE : records.SOURCE + 8].tolist())
+    across, down = -(-output.width // OUTPUTS), -(-output.height // OUTPUTS)
+    # a unit covers as many tile rows as fit side by side into one vector
+    groups = next(g for g in (4, 2, 1) if g == 1 or (g <= down and across <= lanes // g))
+    along = -(-across * groups // lanes)
+    per_image = -(-down // groups) * along
+    input_bytes = 4 * source.channels * batch * output.height * output.row
+    unit_bytes = 4 * planes * source.channels * lanes
+    band, bands = cut(batch * per_image, unit_bytes, shares_pixels(packed, input_bytes))
+    line = layout.odd_lines(band * lanes)
+    plane = layout.odd_lines(source.channels * line)
+    record[records.TILE_ROWS_ALL] = batch * per_image
+    record[records.BAND] = band
+    record[records.TILE_ROWS_IMAGE] = per_image
+    record[[records.GROUPS, records.UNITS_ROW]] = groups, along
+    record[records.PAD_LEFT] = step.node.attrs["padding"][1]
+    record[[records.PLANE, records.PLANE_CHANNEL]] = plane, line
+    sums = WIDEST * lanes
+    record[[records.SUMS_PLANE, records.SUMS_ROW]] = packed.rows * sums, sums
+    record[records.INPUT_KERNEL] = objects.address(Kernel("tile_input", width=groups), target)
+    record[records.OUTPUT_KERNEL] = objects.address(Kernel("tile_output", width=groups), target)
+    record[records.ZEROS] = tables.address(np.zeros((along + 1) * OUTPUTS * lanes, np.float32))
+    # the four vectors of a unit along a row, [unit][vector][lane]: which pixel each lane holds
+    pixel = np.arange(OUTPUTS * lanes).reshape(OUTPUTS, lanes) % (OUTPUTS * lanes // groups)
+    pixel = pixel + np.arange(along)[:, None, None] * OUTPUTS * lanes
+    read = pixel - step.node.attrs["padding"][1]
+    inside = [(at >= 0) & (at < source.width) for at in (read, read + OUTPUTS)]
+    record[records.INSIDE] = tables.address(lane_bits(np.concatenate(inside, axis=1), lanes))
+    written = [pixel < output.width, pixel < output.row]
+    record[records.WITHIN] = tables.address(lane_bits(np.concatenate(written, axis=1), lanes))
+    _fill(record, step, packed, packed.channels * np.int64(line), bias, target, tables, bands)
+    return HEADER + 4 * planes * (plane + packed.rows * sums)
+
+
+def _fill(
+    record: npt.NDArray[np.int64],
+    step: Step,
+    packed: Packed,
+    offsets: npt.NDArray[np.int64],
+    bias: npt.NDArray[np.float32],
+    target: Target,
+    tables: Tables,
+    bands: int,
+) -> None:
+    record[records.LANES] = target.lanes
+    record[records.PAD_TOP] = step.node.attrs["padding"][0]
+    record[records.STEP_BYTES] = 4 * packed.rows * packed.columns
+    parts = fill_product(
+        record, step, packed, offsets.astype(np.int32), bias, target, tables, -(-ITEMS // bands)
+    )
+    record[records.ITEMS] = bands * parts

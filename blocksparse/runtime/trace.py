@@ -1,0 +1,58 @@
+"""Where the time of one call went: what each thread noted at every step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .steps import Step, Steps
+
+CLOCK = hasattr(time, "CLOCK_MONOTONIC")
+"""Whether compiled code can tell the time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Where the time of one call went.
+
+    Parameters
+    ----------
+    steps : list of Step
+        What ran, in order.
+    step_ns : ndarray of int64, shape (steps,)
+        Nanoseconds from the end of the step before to the end of this one, as the calling thread
+        saw it, waiting for other threads included.
+    busy_ns : ndarray of int64, shape (threads, steps)
+        Nanoseconds each thread worked on the step; the calling thread comes first. A helper that
+        came late or never has zeros.
+    """
+
+    steps: list[Step]
+    step_ns: npt.NDArray[np.int64]
+    busy_ns: npt.NDArray[np.int64]
+
+    def by_node(self) -> dict[str, float]:
+        """Milliseconds of every node: the sum of its steps."""
+        result: dict[str, float] = {}
+        for step, nanoseconds in zip(self.steps, self.step_ns.tolist(), strict=True):
+            result[step.node.name] = result.get(step.node.name, 0.0) + nanoseconds / 1e6
+        return result
+
+
+def blank_times(steps: Steps, threads: int) -> list[npt.NDArray[np.int64]]:
+    """Return what every thread notes its times in: `times` of `program.run`."""
+    return [np.zeros((len(steps.steps) + 1, 2), np.int64) for _ in range(threads)]
+
+
+def trace(steps: Steps, times: list[npt.NDArray[np.int64]]) -> Trace:
+    """Read what the threads noted, the calling thread first."""
+    done = np.stack(times)
+    busy = np.where(done[:, 1:, 0] > 0, done[:, 1:, 0] - done[:, :-1, 1], 0)
+    return Trace(steps.steps, np.diff(done[0, :, 1]), busy)
+
+
+UNTIMED = np.zeros((0, 2), np.int64)
+"""Where nothing is to be noted."""
