@@ -27,7 +27,7 @@ from models import Builder, block_zeros, randoms
 from test_runtime_program import Helpers, shuffled
 
 from blocksparse.format import BsrWeight, DenseWeight
-from blocksparse.runtime import algorithms, products, winograd
+from blocksparse.runtime import algorithms, bands, products, winograd
 from blocksparse.runtime.kernels import records
 from blocksparse.runtime.kernels.winograd_matrices import INPUT, OUTPUT, WEIGHT
 from blocksparse.runtime.steps import lower
@@ -42,7 +42,7 @@ def _always():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(algorithms, "MEASURED_FLOPS", np.inf)  # the rule decides for all layers
         patch.setattr(winograd, "pays", lambda *_: True)
-        patch.setattr(products, "BAND_BYTES", 12 * 1024)
+        patch.setattr(bands, "BAND_BYTES", 12 * 1024)
         yield
 
 
