@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from blocksparse.perf.caches import Cache
+from blocksparse.runtime.caches import Cache
 
 MEMORY = "memory"
 """The level behind the last cache."""

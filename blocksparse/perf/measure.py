@@ -24,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from blocksparse.perf import probes
-from blocksparse.perf.caches import Cache, memory_limit, system_caches, usual_caches
 from blocksparse.perf.ceilings import MEMORY, Ceiling, Ceilings
 from blocksparse.perf.machine import describe_machine, usable_cores
 from blocksparse.perf.timing import Timing, interleave
+from blocksparse.runtime.caches import Cache, memory_limit, system_caches, usual_caches
 from blocksparse.runtime.helpers import Helpers
 from blocksparse.runtime.kernels.objects import cache_folder, compile_text
 from blocksparse.runtime.kernels.target import Target, host

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from blocksparse.perf import measure, probes
-from blocksparse.perf.caches import Cache, memory_limit, system_caches, usual_caches
 from blocksparse.perf.ceilings import MEMORY, Ceiling, Ceilings
+from blocksparse.runtime.caches import Cache, memory_limit, system_caches, usual_caches
 from blocksparse.runtime.helpers import Helpers
 from blocksparse.runtime.kernels.objects import compile_text
 from blocksparse.runtime.kernels.target import Target, host, tile_for

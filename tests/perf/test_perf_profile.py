@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from blocksparse.format import DenseWeight, Graph, Model, Node, ValueSpec
 from blocksparse.perf.bound import Traffic, bound, layer_bound, traffic, weight_bytes
-from blocksparse.perf.caches import Cache
 from blocksparse.perf.ceilings import MEMORY, Ceiling, Ceilings
 from blocksparse.perf.profile import layers_of, profile
 from blocksparse.runtime import load
+from blocksparse.runtime.caches import Cache
 from blocksparse.runtime.explain import LayerChoice
 from blocksparse.runtime.kernels.target import host
 from blocksparse.runtime.steps import lower
