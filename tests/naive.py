@@ -193,7 +193,7 @@ def sparse_product(x, weights, offsets, stride, pixels):
     return out
 
 
-POINTS = (0, 1, -1, 2, -2)
+POINTS = (0, 0.5, -0.5, 1.5, -1.5)
 """Where Winograd's F(4, 3) evaluates polynomials; infinity, the leading coefficient, comes last."""
 
 

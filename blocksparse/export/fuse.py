@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from blocksparse.export.draft import Draft, DraftNode
 
 _WITH_ACTIVATION = ("conv2d", "linear", "add", "affine")
@@ -23,6 +25,7 @@ def fuse(draft: Draft) -> None:
     _fuse_gated_sigmoid(draft)
     _fuse_adds(draft)
     _fuse_activations(draft)
+    _pool_fewer_channels(draft)
     draft.drop_unread()
 
 
@@ -120,3 +123,49 @@ def _fuse_activations(draft: Draft) -> None:
         if source.attrs["activation"] == "none" and draft.sole_user(source.name) is node:
             source.attrs = {**source.attrs, "activation": node.attrs["activation"]}
             draft.bypass(node)
+
+
+def _pool_fewer_channels(draft: Draft) -> None:
+    """Let a 1x1 convolution that halves the channels go before the average pool it follows.
+
+    Both are linear, so they may change places as long as the bias comes last, for
+    ``act(conv(pool(x)) + bias) = act(pool(conv(x)) + bias)``. Inception V3 has nine such pools, a
+    sixth of its time at 90 % sparsity, most of which then have a quarter or less of the channels.
+    """
+    for node in draft:
+        pool = draft.nodes.get(node.inputs[0])
+        if node.op != "conv2d" or pool is None or pool.op != "avg_pool2d":
+            continue
+        if pool.attrs["stride"] != (1, 1) or draft.sole_user(pool.name) is not node:
+            continue
+        if not _is_pointwise(node) or 2 * node.shape[0] > pool.shape[0]:
+            continue
+        (source,) = pool.inputs
+        channels = node.shape[0]
+        after = DraftNode(
+            f"{node.name}.bias", "affine", [pool.name], {"activation": node.attrs["activation"]},
+            node.shape, scale=np.ones(channels),
+            shift=np.zeros(channels) if node.bias is None else node.bias,
+        )  # fmt: skip
+        for reader in draft:
+            reader.inputs = [after.name if name == node.name else name for name in reader.inputs]
+        if draft.output == node.name:
+            draft.output = after.name
+        node.inputs, node.bias = [source], None
+        node.attrs = {**node.attrs, "activation": "none"}
+        node.shape = (channels, *draft.shape(source)[1:])
+        pool.inputs, pool.shape = [node.name], after.shape
+        del draft.nodes[pool.name]
+        order = [[node, pool, after] if entry is node else [entry] for entry in draft]
+        draft.nodes = {entry.name: entry for entries in order for entry in entries}
+
+
+def _is_pointwise(node: DraftNode) -> bool:
+    """Whether a node is a 1x1 convolution with nothing to it but bias and activation."""
+    assert node.weight is not None
+    return (
+        len(node.inputs) == 1
+        and node.weight.shape[2:] == (1, 1)
+        and (node.attrs["stride"], node.attrs["padding"]) == ((1, 1), (0, 0))
+        and node.attrs["groups"] == 1
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from export_networks import exported, ops, randomized
@@ -140,3 +141,40 @@ def test_the_last_node_takes_an_activation_in():
     result = exported(randomized(Gated()), (3, 2, 2))
     assert ops(result) == ["flatten", "linear"]
     assert result.graph.nodes[-1].attrs["activation"] == "silu"
+
+
+class PoolThenConv(nn.Module):
+    """An average pool and a 1x1 convolution after it, as in Inception's pool branches."""
+
+    def __init__(self, outputs=4, include_pad=True, kernel=1, norm=True) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(3, 1, padding=1, count_include_pad=include_pad)
+        self.conv = nn.Conv2d(8, outputs, kernel, padding=kernel // 2, bias=not norm)
+        self.norm = nn.BatchNorm2d(outputs) if norm else nn.Identity()
+
+    def forward(self, x):
+        return torch.cat([F.relu(self.norm(self.conv(self.pool(x)))), x], 1).flatten(1)
+
+
+@pytest.mark.parametrize("include_pad", [True, False])
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_convolution_to_fewer_channels_goes_before_its_average_pool(include_pad, norm):
+    # `exported` compares the outputs with PyTorch's
+    result = exported(randomized(PoolThenConv(include_pad=include_pad, norm=norm)), (8, 5, 6))
+    assert ops(result)[:3] == ["conv2d", "avg_pool2d", "affine"]
+    conv, pool, affine = result.graph.nodes[:3]
+    assert conv.attrs["activation"] == "none"
+    assert affine.attrs["activation"] == "relu"
+    assert pool.shape[0] == 4
+    assert set(result.weights) == {"conv"}, "the layer keeps its name"
+
+
+@pytest.mark.parametrize("change", [{"outputs": 5}, {"kernel": 3}], ids=str)
+def test_convolutions_that_gain_nothing_stay_behind_their_pool(change):
+    result = exported(randomized(PoolThenConv(**change)), (8, 6, 6))
+    assert ops(result)[:2] == ["avg_pool2d", "conv2d"]
+
+
+def test_a_convolution_stays_behind_a_pool_with_a_stride():
+    net = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 4, 1), nn.Flatten())
+    assert ops(exported(randomized(net), (8, 6, 6)))[:2] == ["avg_pool2d", "conv2d"]
