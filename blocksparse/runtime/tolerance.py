@@ -11,6 +11,10 @@ import numpy as np
 from blocksparse.format import Model, Node
 
 
+WINOGRAD_ERROR = 3
+"""Error of F(4x4, 3x3) over that of direct sums, measured; see `kernels.winograd_matrices`."""
+
+
 def tolerance(model: Model, max_logit: float) -> float:
     """Largest difference of two logits that float32 rounding explains.
 
@@ -25,7 +29,9 @@ def tolerance(model: Model, max_logit: float) -> float:
 
     with eps = 2**-23, tiny the smallest normal number (what is below is flushed to zero), L the
     length of a convolution's or linear layer's dot products (C/groups * kh * kw, F), the window of
-    an average pool, 2 for other arithmetic and 0 where values only move.
+    an average pool, 2 for other arithmetic and 0 where values only move. A 3x3 convolution of
+    stride 1 may run through Winograd's F(4x4, 3x3), which errs `WINOGRAD_ERROR` times as much: in
+    quadrature, it counts as 9 times as long.
 
     The scale is that of the logits, so a network that ends in a clamp (ReLU6) can differ by more.
 
@@ -53,9 +59,20 @@ def tolerance(model: Model, max_logit: float) -> float:
 
 def _dot_length(model: Model, node: Node, shape: tuple[int, ...]) -> int:
     if node.op in ("conv2d", "linear"):
-        return prod(model.weights[node.name].shape[1:])
+        length = prod(model.weights[node.name].shape[1:])
+        return WINOGRAD_ERROR**2 * length if _fits_tiles(model, node) else length
     if node.op == "avg_pool2d":
         return prod(node.attrs["kernel"])
     if node.op == "adaptive_avg_pool2d":
         return prod(-(-size // out) for size, out in zip(shape[1:], node.shape[1:], strict=True))
     return 2 if node.op in ("add", "mul", "affine", "activation") else 0
+
+
+def _fits_tiles(model: Model, node: Node) -> bool:
+    """Whether a convolution may run through tiles: the rule of `winograd.applies_both`."""
+    return (
+        node.op == "conv2d"
+        and model.weights[node.name].shape[2:] == (3, 3)
+        and tuple(node.attrs["stride"]) == (1, 1) == tuple(node.attrs["dilation"])
+        and node.attrs["groups"] == 1
+    )
