@@ -16,6 +16,7 @@ from .algorithms import Algorithms
 from .calls import CallMemory
 from .choices import choice_of
 from .explain import LayerChoice
+from .first_time import FirstTime
 from .helpers import Helpers
 from .kernels import program, records
 from .kernels.target import describe, host
@@ -65,6 +66,7 @@ class CompiledEngine:
         self._lock = threading.Lock()
         self._binding = threading.Lock()
         self._helpers = Helpers()
+        self._first_time: FirstTime | None = FirstTime(self.target)
 
     def __str__(self) -> str:
         return f"compiled engine: {describe(self.target)}"
@@ -133,6 +135,9 @@ class CompiledEngine:
     def _run(
         self, x: npt.NDArray[np.float32], threads: int, times: list[npt.NDArray[np.int64]]
     ) -> npt.NDArray[np.float32]:
+        first_time = self._first_time
+        if first_time is not None:
+            first_time.announce()
         ready = self._plan(len(x), threads)
         with self._lock:
             memory = ready.free.pop() if ready.free else None
@@ -140,6 +145,9 @@ class CompiledEngine:
         output = self._execute(memory, x, times)
         with self._lock:
             ready.free.append(memory)
+        if first_time is not None:
+            first_time.done()
+            self._first_time = None
         return output
 
     def _execute(

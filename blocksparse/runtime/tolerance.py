@@ -10,7 +10,6 @@ import numpy as np
 
 from blocksparse.format import Model, Node
 
-
 WINOGRAD_ERROR = 3
 """Error of F(4x4, 3x3) over that of direct sums, measured; see `kernels.winograd_matrices`."""
 
