@@ -220,12 +220,17 @@ class Algorithms:
         Parameters
         ----------
         milliseconds : mapping
-            By layer, what each of its ways took.
+            By layer, the least that each of its ways took. Layers that look alike share the least
+            of all, so that this process chooses what the next one will read.
         """
-        measured = {}
+        measured: dict[str, dict[str, float]] = {}
         for name, times in milliseconds.items():
-            self.choices[name] = _best(times)
-            measured[self._keys[name]] = {str(way): ms for way, ms in times.items()}
+            best = measured.setdefault(self._keys[name], {})
+            for way, ms in times.items():
+                best[str(way)] = min(ms, best.get(str(way), ms))
+        for name, times in milliseconds.items():
+            best = measured[self._keys[name]]
+            self.choices[name] = _best({way: best[str(way)] for way in times})
         self.open = {}
         self._memory.write(measured)
 

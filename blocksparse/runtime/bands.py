@@ -74,7 +74,7 @@ def fill_columns(
     lanes, row = target.lanes, output.row
     channels = int(record[records.SOURCE + 4])
     per_image = -(-output.height // OUTPUTS)
-    in_halves = shares_pixels(packed, 4 * channels * batch * per_image * OUTPUTS * row)
+    in_halves = shares_pixels(packed, channels, 4 * batch * per_image * OUTPUTS * row)
     band, bands = cut(batch * per_image, 4 * PLANES * channels * row, in_halves)
     # the zeros left of the first row, the band, and what its last vector reads beyond
     vectors = -(-band * row // lanes)
@@ -123,9 +123,8 @@ def fill_tiles(
     groups = next(g for g in (4, 2, 1) if g == 1 or (g <= down and across <= lanes // g))
     along = -(-across * groups // lanes)
     per_image = -(-down // groups) * along
-    input_bytes = 4 * source.channels * batch * output.height * output.row
-    unit_bytes = 4 * planes * source.channels * lanes
-    band, bands = cut(batch * per_image, unit_bytes, shares_pixels(packed, input_bytes))
+    in_halves = shares_pixels(packed, source.channels, 4 * batch * output.height * output.row)
+    band, bands = cut(batch * per_image, 4 * planes * source.channels * lanes, in_halves)
     line = layout.odd_lines(band * lanes)
     plane = layout.odd_lines(source.channels * line)
     record[records.TILE_ROWS_ALL] = batch * per_image

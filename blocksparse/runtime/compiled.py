@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from statistics import median
 
 import numpy as np
 import numpy.typing as npt
@@ -214,7 +213,7 @@ class CompiledEngine:
             self.algorithms.settle(
                 {
                     name: {
-                        way: median(round_[name] for round_ in taken[number][1:])
+                        way: min(round_[name] for round_ in taken[number][1:])
                         for number, way in enumerate(ways)
                     }
                     for name, ways in layers.items()

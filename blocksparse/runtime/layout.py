@@ -21,6 +21,9 @@ from dataclasses import dataclass
 
 from blocksparse.format import Graph, Node
 
+PAGE_BYTES = 4096
+"""What the operating system maps at once, and the processor's prefetcher does not leave."""
+
 ALIGN = 16
 """Strides and bases are multiples of this many floats: one cache line, the longest vector."""
 

@@ -85,7 +85,7 @@ def fill_conv(
     channels = source.channels // planes
     panel = max(1, PANEL_BYTES // (4 * lanes * channels * widest)) * widest
     panels = -(-vectors // panel)
-    if shares_pixels(packed, 4 * channels * vectors * lanes):
+    if shares_pixels(packed, channels, 4 * vectors * lanes):
         panels = max(panels, min(HALVES, vectors))
     panel = -(-vectors // panels)
     panels = -(-vectors // panel)
@@ -97,13 +97,22 @@ def fill_conv(
     record[records.ITEMS] = panels * parts
 
 
-def shares_pixels(packed: Packed, input_bytes: int) -> bool:
+def shares_pixels(packed: Packed, channels: int, plane_bytes: int) -> bool:
     """Whether threads should share a layer's pixels, or its output channels.
 
-    Who shares pixels reads all weights; who shares channels reads all inputs, half of which another
-    core has just written. So the smaller of the two is read twice.
+    Who shares pixels reads all weights; who shares channels reads all inputs. So the smaller of the
+    two is read twice, unless a plane is less than a page: two threads in one page take lines from
+    each other, because the processor's prefetcher fetches along the page what the other has just
+    written.
+
+    Parameters
+    ----------
+    packed : Packed
+        The weight.
+    channels, plane_bytes : int
+        Input channels, and bytes of one.
     """
-    return packed.values.nbytes <= input_bytes
+    return plane_bytes >= layout.PAGE_BYTES and packed.values.nbytes <= channels * plane_bytes
 
 
 def conv_offsets(

@@ -12,17 +12,16 @@ from numba import njit
 
 from . import records as r
 from .intrinsics import call
-from .records import view, zero_beside, zero_ends
+from .records import span, view, zero_beside, zero_ends
 
 
 @njit(cache=True, nogil=True)
 def copy_item(source: Any, target: Any, step: Any, tables: Any, item: int, batch: int) -> None:
-    """Copy one chunk of output rows, all channels."""
+    """Copy one chunk of output rows, or of channels."""
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     planes = step[r.PLANES]
-    first = item * step[r.CHUNK]
-    last = min(batch * b.height, first + step[r.CHUNK])
-    for channel in range(b.channels):
+    start, stop, first, last = span(step, item, b.channels, batch * b.height)
+    for channel in range(start, stop):
         from_channel = channel // planes * step[r.SCALE] + step[r.SHIFT]
         at = step[r.PLANE_SHIFTS] + 2 * (channel % planes)
         shift_y = step[r.SHIFT + 1] + tables[at]
@@ -40,46 +39,47 @@ def copy_item(source: Any, target: Any, step: Any, tables: Any, item: int, batch
             if not inside or from_y < 0 or from_y >= a.height:
                 target[row : row + b.width] = 0
                 continue
-            start = a.base + from_channel * a.channel + n * a.image + from_y * a.row + shift_x
+            begin = a.base + from_channel * a.channel + n * a.image + from_y * a.row + shift_x
             target[row : row + low] = 0
             if scale_x == 1:
                 for x in range(low, high):
-                    target[row + x] = source[start + x]
+                    target[row + x] = source[begin + x]
             elif scale_x == 2:
                 for x in range(low, high):
-                    target[row + x] = source[start + 2 * x]
+                    target[row + x] = source[begin + 2 * x]
             else:
                 for x in range(low, high):
-                    target[row + x] = source[start + scale_x * x]
+                    target[row + x] = source[begin + scale_x * x]
             target[row + high : row + b.width] = 0
 
 
 @njit(cache=True, nogil=True)
 def phases_item(memory: Any, memory_at: int, step: Any, tables: Any, item: int, batch: int) -> None:
-    """Split one chunk of rows into phase planes, for column stride 2."""
+    """Split one chunk of rows, or of channels, into phase planes, for column stride 2."""
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     planes, scale = step[r.PLANES], step[r.SCALE + 1]
-    first = item * step[r.CHUNK]
-    last = min(batch * b.height, first + step[r.CHUNK])
+    # an item of channels has all planes of its input channels
+    start, stop, first, last = span(step, item, a.channels, batch * b.height)
     line = first
     while line < last:
         n, y = line // b.height, line % b.height
         rows = min(b.height - y, last - line)
-        source = a.base + n * a.image + step[r.SHIFT + 2]
+        source = a.base + start * a.channel + n * a.image + step[r.SHIFT + 2]
         plane = 0
         while plane < planes:
             at = step[r.PLANE_SHIFTS] + 2 * plane
             pair = plane + 1 < planes and tables[at + 3] == 1  # the odd columns come next
-            even = memory_at + 4 * (b.base + plane * b.channel + n * b.image + y * b.row)
+            at_channel = b.base + (start * planes + plane) * b.channel
+            even = memory_at + 4 * (at_channel + n * b.image + y * b.row)
             call(
                 step[r.FAST],
                 (
                     memory_at + 4 * source, 4 * a.row, 4 * a.channel,
                     y * scale + step[r.SHIFT + 1] + tables[at], a.height, scale,
                     even, even + 4 * b.channel if pair else 0, 4 * b.row, 4 * b.channel * planes,
-                    step[r.COLUMN_MASKS], step[r.WITHIN], a.channels, rows, step[r.ROW_VECTORS],
+                    step[r.COLUMN_MASKS], step[r.WITHIN], stop - start, rows, step[r.ROW_VECTORS],
                 ),
             )  # fmt: skip
             plane += 2 if pair else 1
-        zero_ends(memory, b, 0, b.channels, n, y, rows, batch)
+        zero_ends(memory, b, start * planes, stop * planes, n, y, rows, batch)
         line += rows

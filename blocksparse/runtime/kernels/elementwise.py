@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from . import records as r
-from .records import view, zero_beside
+from .records import span, view, zero_beside
 
 NONE, RELU, RELU6, SIGMOID, HARDSIGMOID, SILU, HARDSWISH = range(7)
 
@@ -46,12 +46,11 @@ def activate(values: Any, kind: int) -> None:
 
 @njit(cache=True, nogil=True)
 def elementwise_item(memory: Any, step: Any, vectors: Any, item: int, batch: int) -> None:
-    """Compute one chunk of rows, all channels; source and target may be the same place."""
+    """Compute one chunk of rows, or of channels; source and target may be the same place."""
     a, b, other = view(step, r.SOURCE), view(step, r.TARGET), view(step, r.OTHER)
     function = step[r.FUNCTION]
-    first = item * step[r.CHUNK]
-    last = min(batch * b.height, first + step[r.CHUNK])
-    for channel in range(b.channels):
+    start, stop, first, last = span(step, item, b.channels, batch * b.height)
+    for channel in range(start, stop):
         for index in range(first, last):
             n, y = index // b.height, index % b.height
             zero_beside(memory, b, channel, n, y, batch)

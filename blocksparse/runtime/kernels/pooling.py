@@ -13,12 +13,12 @@ from numba import njit
 
 from . import records as r
 from .intrinsics import call
-from .records import view, zero_beside, zero_ends
+from .records import span, view, zero_beside, zero_ends
 
 
 @njit(cache=True, nogil=True)
 def pool_item(memory: Any, memory_at: int, step: Any, item: int, batch: int) -> None:
-    """Pool one chunk of output rows, all channels."""
+    """Pool one chunk of output rows, or of channels."""
     if step[r.FAST]:
         _pool_fast(memory, memory_at, step, item, batch)
     else:
@@ -28,8 +28,7 @@ def pool_item(memory: Any, memory_at: int, step: Any, item: int, batch: int) -> 
 @njit(cache=True, nogil=True)
 def _pool_fast(memory: Any, memory_at: int, step: Any, item: int, batch: int) -> None:
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
-    first = item * step[r.CHUNK]
-    last = min(batch * b.height, first + step[r.CHUNK])
+    start, stop, first, last = span(step, item, b.channels, batch * b.height)
     line = first
     while line < last:
         n, y = line // b.height, line % b.height
@@ -37,15 +36,17 @@ def _pool_fast(memory: Any, memory_at: int, step: Any, item: int, batch: int) ->
         call(
             step[r.FAST],
             (
-                memory_at + 4 * (a.base + n * a.image - step[r.PAD_W]), 4 * a.row, 4 * a.channel,
+                memory_at + 4 * (a.base + start * a.channel + n * a.image - step[r.PAD_W]),
+                4 * a.row, 4 * a.channel,
                 y * step[r.STRIDE_H] - step[r.PAD_H], a.height, step[r.STRIDE_H],
-                memory_at + 4 * (b.base + n * b.image + y * b.row), 4 * b.row, 4 * b.channel,
+                memory_at + 4 * (b.base + start * b.channel + n * b.image + y * b.row), 4 * b.row,
+                4 * b.channel,
                 step[r.COLUMN_MASKS], step[r.WITHIN],
                 step[r.DIVISORS] + 4 * y * step[r.ROW_VECTORS] * step[r.LANES],
-                4 * step[r.ROW_VECTORS] * step[r.LANES], b.channels, rows, step[r.ROW_VECTORS],
+                4 * step[r.ROW_VECTORS] * step[r.LANES], stop - start, rows, step[r.ROW_VECTORS],
             ),
         )  # fmt: skip
-        zero_ends(memory, b, 0, b.channels, n, y, rows, batch)
+        zero_ends(memory, b, start, stop, n, y, rows, batch)
         line += rows
 
 
@@ -59,9 +60,8 @@ def _pool_any(memory: Any, step: Any, item: int, batch: int) -> None:
     empty = np.float32(-np.inf) if kind == r.MAX_POOL else np.float32(0)
     line[:] = empty
     pixels = line[pad_w : pad_w + a.width]
-    first = item * step[r.CHUNK]
-    last = min(batch * b.height, first + step[r.CHUNK])
-    for channel in range(b.channels):
+    start, stop, first, last = span(step, item, b.channels, batch * b.height)
+    for channel in range(start, stop):
         for index in range(first, last):
             n, y = index // b.height, index % b.height
             zero_beside(memory, b, channel, n, y, batch)
@@ -122,8 +122,9 @@ def adaptive_pool_item(memory: Any, step: Any, item: int, batch: int) -> None:
     Window i of h spans rows floor(i * H / h) to ceil((i + 1) * H / h), as in PyTorch.
     """
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
-    for channel in range(item * step[r.CHUNK], min(b.channels, (item + 1) * step[r.CHUNK])):
-        for index in range(batch * b.height):
+    start, stop, first, last = span(step, item, b.channels, batch * b.height)
+    for channel in range(start, stop):
+        for index in range(first, last):
             n, y = index // b.height, index % b.height
             zero_beside(memory, b, channel, n, y, batch)
             source = a.base + channel * a.channel + n * a.image

@@ -16,7 +16,8 @@ WINOGRAD, TILES_CONV = 10, 11  # Winograd down the columns, and in both directio
 
 # Columns shared by all steps
 OP, ITEMS = 0, 1
-CHUNK = 2  # rows of all images, or channels, that one work item covers
+CHUNK = 2  # rows of all images, or channels, that one work item of a move covers
+BY_CHANNELS = 31  # whether it is channels
 SOURCE, TARGET = 32, 40  # layouts, 8 columns each
 OTHER = 48  # layout of the residual or second operand; base -1: none
 FIELDS = 56
@@ -85,6 +86,15 @@ def view(step: Any, at: int) -> View:
         step[at], step[at + 1], step[at + 2], step[at + 3],
         step[at + 4], step[at + 5], step[at + 6], step[at + 7],
     )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def span(step: Any, item: int, channels: int, lines: int) -> tuple[int, int, int, int]:
+    """First and last channel, first and last line of a work item; the last are excluded."""
+    first = item * step[CHUNK]
+    if step[BY_CHANNELS]:
+        return first, min(channels, first + step[CHUNK]), 0, lines
+    return 0, channels, first, min(lines, first + step[CHUNK])
 
 
 @njit(cache=True, nogil=True)
