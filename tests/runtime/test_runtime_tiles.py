@@ -170,7 +170,7 @@ def test_reals_stay_within_the_bound_of_their_roundings(case, seed, decades):
 
 
 def test_the_error_is_far_below_the_bound_in_practice():
-    """Roundings mostly cancel, and are some three times those of one direction."""
+    """Roundings mostly cancel, and are some twice those of one direction."""
     case = Case((28, 28), channels=64, outputs=16)
     weights, bias = case.weights(randoms), randoms(16)
     x = randoms(1, 64, 28, 28)
