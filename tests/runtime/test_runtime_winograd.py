@@ -193,13 +193,13 @@ def magnitudes(case, x, weights):
 def error_bound(case, x, weights, bias):
     """Bound the rounding error of every output.
 
-    A term is rounded at most once in its weight's plane, 3 times in its input's (a row of B has 4
+    A term is rounded at most once in its weight's plane, 4 times in its input's (a row of B has 4
     entries), once at every addition of a product, 5 times in the output transform (a row of A has 5
     entries, one of which may be a product of its own), once for bias and once for the residual; a
     bias then sees the last two.
     """
     count = 2 if case.residual else 1
-    roundings = 1 + 3 + case.channels * case.taps + 5 + 2
+    roundings = 1 + 4 + case.channels * case.taps + 5 + 2
     error = 0
     for i in range(count):
         terms = magnitudes(case, x, weights[i]) + np.abs(bias)[:, None, None]
