@@ -180,6 +180,11 @@ def test_every_way_is_right_for_every_layout(folder):
             direct = records.CONV_NM if layout[0] == "nm" and not way.dense else records.CONV
             op = (way.columns and records.WINOGRAD) or (way.tiles and records.TILES_CONV) or direct
             assert {step.op for step in steps} == {op}
+            for row in engine.choices():
+                assert ("dense" in row.kernel) == (way.dense or layout == "dense")
+                assert ("4x1" in row.kernel, "4x4" in row.kernel.replace("bsr4x4", "")) == (
+                    way.columns, way.tiles,
+                )  # fmt: skip
             if layout != "dense":  # the zeros of a sparse weight are stored where it is dense
                 channels, taps = (13, 21), (way.columns and 3) or (way.tiles and 1) or 9
                 whole = [step.packed.columns * len(step.packed.channels) for step in steps]
@@ -261,6 +266,7 @@ def test_layers_are_measured_by_the_first_call_and_never_again(folder, caplog):
     assert list(choice.milliseconds) == [str(w) for w in ways(*first(model), host(), True)]
     assert all(ms > 0 for ms in choice.milliseconds.values())
     assert all(way in choice.reason for way in choice.milliseconds)
+    assert choice.reason in engine.choices()[0].reason
     after = engine.steps
     assert engine.steps is after
     assert [(s.node, s.source, s.target) for s in after.steps] == [
