@@ -235,3 +235,24 @@ def winograd_output(planes):
         row = sum(point**power * plane for point, plane in finite if point or power == 0)
         rows.append(row + planes[-1] if power == 3 else row)
     return rows
+
+
+def _both_ways(transform, square):
+    """Apply a transform to every column of a square of values, then to every row of the result."""
+    down = [transform(list(column)) for column in zip(*square, strict=True)]
+    return [transform(list(row)) for row in zip(*down, strict=True)]
+
+
+def tile_weight(taps):
+    """Turn 3 x 3 taps into 6 x 6 planes, [row][column]."""
+    return _both_ways(winograd_weight, taps)
+
+
+def tile_input(pixels):
+    """Turn 6 x 6 pixels into 6 x 6 planes, [row][column]."""
+    return _both_ways(winograd_input, pixels)
+
+
+def tile_output(planes):
+    """Turn 6 x 6 planes into 4 x 4 outputs, [row][column]."""
+    return _both_ways(winograd_output, planes)

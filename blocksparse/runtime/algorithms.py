@@ -15,6 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from statistics import median
+
+import numpy as np
 
 from blocksparse.format import BsrWeight, Model, NMWeight, Node, Weight
 
@@ -124,15 +127,24 @@ def ways(node: Node, weight: Weight, target: Target, allow_winograd: bool) -> li
 
 
 def layer_key(node: Node, weight: Weight) -> str:
-    """Name a layer by what its speed depends on: shapes, stride, stored form, density."""
+    """Name a layer by what its speed and its ways depend on: geometry, stored form, density."""
     if isinstance(weight, BsrWeight):
-        stored = "bsr{}x{}".format(*weight.block)
+        stored = "bsr{}x{} {:.2f}".format(*weight.block, _reached(weight))
     elif isinstance(weight, NMWeight):
         stored = f"nm{weight.n}of{weight.m}"
     else:
         stored = "dense"
-    sizes = ["x".join(map(str, part)) for part in (weight.shape, node.shape, node.attrs["stride"])]
+    geometry = [node.attrs[name] for name in ("stride", "padding", "dilation")]
+    sizes = ["x".join(map(str, part)) for part in (weight.shape, node.shape, *geometry)]
     return f"{' '.join(sizes)} {stored} {weight.density:.2f}"
+
+
+def _reached(weight: BsrWeight) -> float:
+    """Share of the blocks of channels stored at any kernel position: those of Winograd's planes."""
+    rows, per_row = len(weight.indptr) - 1, -(-weight.shape[1] // weight.block[1])
+    reached = np.zeros((rows, per_row), bool)
+    reached[np.repeat(np.arange(rows), np.diff(weight.indptr)), weight.indices % per_row] = True
+    return float(reached.mean())
 
 
 def work(node: Node, weight: Weight) -> float:
@@ -153,7 +165,7 @@ class Memory:
     """
 
     def __init__(self, target: Target) -> None:
-        digest = hashlib.sha256(f"2 {describe(target)} {target.features}".encode()).hexdigest()
+        digest = hashlib.sha256(f"3 {describe(target)} {target.features}".encode()).hexdigest()
         self.path: Path = cache_folder() / f"layers-{digest[:16]}.json"
 
     def read(self) -> dict[str, dict[str, float]]:
@@ -220,19 +232,22 @@ class Algorithms:
         Parameters
         ----------
         milliseconds : mapping
-            By layer, the least that each of its ways took. Layers that look alike share the least
-            of all, so that this process chooses what the next one will read.
+            By layer, the least that each of its ways took. Layers that look alike share the median.
         """
-        measured: dict[str, dict[str, float]] = {}
+        alike: dict[str, list[Mapping[Algorithm, float]]] = {}
         for name, times in milliseconds.items():
-            best = measured.setdefault(self._keys[name], {})
-            for way, ms in times.items():
-                best[str(way)] = min(ms, best.get(str(way), ms))
-        for name, times in milliseconds.items():
-            best = measured[self._keys[name]]
-            self.choices[name] = _best({way: best[str(way)] for way in times})
+            alike.setdefault(self._keys[name], []).append(times)
+        # layers of one key have one entry on disk: choose now what will be chosen from there
+        measured = {
+            key: {way: median(times[way] for times in each) for way in each[0]}
+            for key, each in alike.items()
+        }
+        for name in milliseconds:
+            self.choices[name] = _best(measured[self._keys[name]])
         self.open = {}
-        self._memory.write(measured)
+        self._memory.write(
+            {key: {str(way): ms for way, ms in times.items()} for key, times in measured.items()}
+        )
 
 
 def _best(times: Mapping[Algorithm, float]) -> Choice:

@@ -19,6 +19,9 @@ LANES = (4, 8, 16)
 SENTINEL = np.float32(-7.25e33)
 """What nobody computes: a float that still holds it was not written."""
 
+GUARD = 4096
+"""Bytes behind a thread's scratch memory that nobody may write to."""
+
 
 def narrow(lanes):
     """The host, with vectors of `lanes` floats."""
@@ -55,11 +58,19 @@ def run_over(engine, x, fill, threads=1):
     memory = CallMemory(ready.plan)
     values = memory.fixed[3]
     values[:] = fill
+    memory._scratch_bytes += GUARD
+    beyond = []
     for thread in range(threads):
-        memory.scratch(thread)
-        memory._scratch[thread][0][:] = fill
+        end = memory.scratch(thread) + ready.plan.scratch
+        raw = memory._scratch[thread][0]
+        raw[:] = fill
+        first = (end - raw.ctypes.data) // 4
+        beyond.append(raw[first : first + GUARD // 4].view(np.int32))
+    before = np.array(beyond)
     ready.free.append(memory)
-    return engine.run(x, threads), ready.plan, values
+    output = engine.run(x, threads)
+    np.testing.assert_array_equal(beyond, before, "written beyond the scratch memory")
+    return output, ready.plan, values
 
 
 def targets(plan, *ops):
@@ -75,6 +86,18 @@ def pixels(where, batch):
     """Places of the pixels of a value in memory, (N, C, H, W)."""
     n, c, y, x = np.ogrid[:batch, : where.channels, : where.height, : where.width]
     return where.base + c * where.channel + n * where.image + y * where.row + x
+
+
+def assert_zeros_around(values, plan, op, batch):
+    """A reader of what the steps of a kind write finds zeros between and around its pixels."""
+    for where in targets(plan, op):
+        written = np.zeros(len(values), bool)
+        written[pixels(where, batch)] = True
+        end = where.run(batch) + where.margin
+        for channel in range(where.channels):
+            start = where.base + channel * where.channel
+            around = slice(start - where.margin, start + end)
+            assert not values[around][~written[around]].any()
 
 
 def assert_nothing_else_written(values, plan, batch):

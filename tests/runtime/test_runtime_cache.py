@@ -1,12 +1,16 @@
-"""Where Numba can keep nothing: the runtime compiles in every process, and says so."""
+"""What is kept on disk: measured layers, damaged or not; and where Numba can keep nothing."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from blocksparse.runtime.algorithms import Memory
+from blocksparse.runtime.kernels.target import host
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v1.bsr.safetensors"
 
@@ -27,6 +31,32 @@ import numpy as np, blocksparse
 network = blocksparse.load(sys.argv[1], engine="compiled")
 print(network.engine, network(np.zeros((1, *network.input_shape), np.float32)).shape)
 """
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"null", b"7", b'{"a": 1}', b'{"a": null}', b'{"a": {"direct": "fast"}}',
+        b'{"a": {"direct": [1]}}', b"\xff\xfe\0", b'{"a": {"direct": null}}',
+    ],
+)  # fmt: skip
+def test_damaged_measurements_are_ignored_and_replaced(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path))
+    memory, times = Memory(host()), {"key": {"direct": 1.5}}
+    memory.path.write_bytes(content)
+    assert memory.read() == {}
+    memory.write(times)
+    assert memory.read() == times
+    assert json.loads(memory.path.read_text()) == times
+    assert list(tmp_path.iterdir()) == [memory.path], "nothing else is left behind"
+
+
+def test_measurements_lie_beside_the_kernels(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path / "kept" / "here"))
+    memory = Memory(host())
+    memory.write({"key": {"direct": 1.0}})
+    assert memory.path.parent == tmp_path / "kept" / "here"
+    assert Memory(host()).read() == {"key": {"direct": 1.0}}
 
 
 @pytest.mark.slow

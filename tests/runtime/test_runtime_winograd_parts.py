@@ -52,16 +52,16 @@ def test_matrices_are_those_of_toom_and_cook():
     assert exact(np.array(naive.winograd_weight(taps))) == exact(WEIGHT)
 
 
-def planes_of(packed, shape):
-    """Read planes back the way the kernels do: float32 (6, K, C, S)."""
+def planes_of(packed, shape, count=6):
+    """Read planes back the way the kernels do: float32 (planes, K, C, S)."""
     k, channels, _, width = shape
-    out = np.zeros((6, k, channels, width), np.float32)
+    out = np.zeros((count, k, channels, width), np.float32)
     for tile in packed.tiles:
         steps = range(tile.steps.start, tile.steps.stop)
         seen = {(packed.channels[s], packed.positions[s]) for s in steps}
         assert len(seen) == len(steps), "every step once"
         at = tile.values
-        for plane in range(6):
+        for plane in range(count):
             for step in steps:
                 for j in range(packed.columns):
                     column = packed.values[at : at + packed.rows]
