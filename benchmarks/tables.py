@@ -31,12 +31,12 @@ def page(result: Result) -> str:
         "stay dense. The last column of the first table says how many times as fast as "
         f"{against} a row is.",
         "",
-        *_grid(
+        *grid(
             ("engine", "ms per batch", "quartiles", "images/s", "times as fast as " + against),
             [_timing_cells(result, row) for row in result.rows],
         ),
         "",
-        *_grid(
+        *grid(
             ("file", "bytes", "parameters kept", "of all", "GFLOPs per image", "of all"),
             [
                 (
@@ -51,7 +51,7 @@ def page(result: Result) -> str:
             ],
         ),
         "",
-        *_grid(
+        *grid(
             ("engine", "largest difference from PyTorch's logits", "allowed"),
             [(row.name, f"{row.max_error:.1e}", f"{row.allowed:.1e}") for row in result.rows],
         ),
@@ -112,12 +112,12 @@ def summary(results: Sequence[Result]) -> str:
         "How many times as fast as the fastest peer on the dense network blocksparse is, by the "
         "medians, at each sparsity of the prunable weights. Above 1 it is faster, below 1 slower.",
         "",
-        *_grid((*head, "fastest peer", *columns), ratios, left=5),
+        *grid((*head, "fastest peer", *columns), ratios, left=5),
         "",
         "Milliseconds per batch, medians: the dense network in each peer, then blocksparse at "
         "each sparsity.",
         "",
-        *_grid((*head, *kinds, *(f"ours, {column}" for column in columns)), times, left=2),
+        *grid((*head, *kinds, *(f"ours, {column}" for column in columns)), times, left=2),
         "",
         "Quartiles, differences of outputs, bytes and the command that measures again:",
         "",
@@ -160,7 +160,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:g} %"
 
 
-def _grid(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """Return a Markdown table; columns behind the first `left` hold figures and are set right."""
     marks = [":--" if column < left else "--:" for column in range(len(head))]
     return [

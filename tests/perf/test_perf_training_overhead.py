@@ -1,0 +1,34 @@
+"""The measurement of what pruning adds to a step: what it times, and what it prints."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.fits import fit
+from benchmarks.training_overhead import main
+
+
+def test_every_step_but_the_first_is_timed_and_updates_are_told_apart(tmp_path):
+    steps = fit("resnet20", 32, 2, 8, 0.5, 3, str(tmp_path))
+    assert len(steps.updated) == 3  # after 3 and 6 steps, and the last
+    assert len(steps.masked) == len(steps.whole) == 4
+    assert min(steps.updated) > max(steps.masked) > 0
+    assert max(steps.updated) < max(steps.whole)
+
+
+def test_without_pruning_only_whole_steps_are_timed(tmp_path):
+    steps = fit("resnet20", 32, 2, 3, 0.0, 3, str(tmp_path))
+    assert (len(steps.whole), steps.masked, steps.updated) == (2, [], [])
+
+
+def test_command(capsys):
+    assert main(["--model", "resnet20", "--image", "32", "--batch", "2", "--steps", "7"]) == 0
+    printed = capsys.readouterr().out
+    assert "pruning adds" in printed
+    assert "masks built anew" in printed
+
+
+@pytest.mark.parametrize("arguments", ["--steps 5", "--sparsity 0"])
+def test_nothing_to_measure_is_said(arguments, capsys):
+    assert main(["--model", "resnet20", *arguments.split()]) == 2
+    assert "nothing to measure" in capsys.readouterr().err
