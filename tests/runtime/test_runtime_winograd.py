@@ -1,8 +1,8 @@
 """Whole convolutions through Winograd's F(4, 3) against the definition, forced on everywhere.
 
-They are tested twice. With small integers, and weights that are multiples of 24, all arithmetic is
-exact in float32, so results must equal the definition's. With reals they must stay within a bound
-derived from the number of roundings.
+They are tested twice. With small integers, and weights that are multiples of 18, planes are exact,
+and results are multiples of 18 plus integers: a wrong tap, mask or row is far outside the rounding
+errors. With reals they must stay within a bound derived from the number of roundings.
 """
 
 from __future__ import annotations
@@ -149,13 +149,13 @@ CASES = {
 
 
 def integer_weights(rng):
-    return lambda *shape: 24 * rng.integers(-2, 3, shape)
+    return lambda *shape: 18 * rng.integers(-2, 3, shape)
 
 
 @pytest.mark.parametrize("lanes", LANES)
 @settings(max_examples=150)
 @given(case=st.builds(case_of, **CASES), seed=st.integers(0, 9), threads=st.integers(1, 3))
-def test_integers_are_exact(lanes, case, seed, threads):
+def test_integers_come_out_right(lanes, case, seed, threads):
     rng = np.random.default_rng(seed)
     weights = case.weights(integer_weights(rng))
     bias = rng.integers(-99, 100, case.outputs).astype(np.float32)
@@ -164,8 +164,9 @@ def test_integers_are_exact(lanes, case, seed, threads):
         weights, bias, x = weights / 64, bias / 64, x / 8
     engine = case.engine(weights, bias, lanes)
     got, plan, memory = run_over(engine, x, SENTINEL, threads)
-    # results are multiples of 1/512; where a plane's sixths cancel, float64 leaves some 1e-16
-    np.testing.assert_allclose(got, case.expected(x, weights, bias), rtol=0, atol=1e-9)
+    # rounding errors are below 0.1; scaled by 512 for relu6, and clamped, far below 1e-3
+    atol = 1e-3 if case.activation == "relu6" else 0.1
+    np.testing.assert_allclose(got, case.expected(x, weights, bias), rtol=0, atol=atol)
     assert_nothing_else_written(memory, plan, case.batch)
     assert_zeros_around(memory, plan, records.WINOGRAD, case.batch)
 
