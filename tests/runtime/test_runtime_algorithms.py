@@ -132,7 +132,7 @@ def test_keys_tell_apart_what_speed_depends_on():
         layer(), layer(channels=8), layer(outputs=8), layer(image=(12, 11)), layer(image=(13, 10)),
         layer(kernel=(1, 3), padding=(0, 1)), layer(kernel=(3, 1), padding=(1, 0)),
         layer(dilation=(1, 2), padding=(1, 2)), layer(dilation=(2, 1), padding=(2, 1)),
-        layer(dilation=(2, 2), padding=(2, 2)), layer(image=(14, 12), padding=(0, 0)),
+        layer(image=(14, 12), dilation=(2, 2)), layer(image=(14, 12), padding=(0, 0)),
         layer(image=(24, 20), stride=(2, 2)), layer(image=(12, 20), stride=(1, 2)),
         layer(layout=("bsr", (8, 8), 1.0)), layer(layout=("bsr", (8, 8), 0.5)),
         layer(layout=("bsr", (8, 4), 0.5)), layer(layout=("bsr", (4, 8), 0.5)),
