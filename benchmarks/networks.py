@@ -84,10 +84,13 @@ def pruned_network(
         What was pruned, so that the export need not find out.
     """
     network = copy.deepcopy(network)
-    # Training keeps a block of every channel, so that none dies; narrow networks, SqueezeNet for
-    # one, do not reach 90 % then. Here only zeros and their number matter.
-    floors = Floors(min_density=0.0, keep_channels=False)
-    plan = resolve(network, target=sparsity, pattern=pattern, floors=floors)
+    try:
+        plan = resolve(network, target=sparsity, pattern=pattern)
+    except ValueError:
+        # Training keeps a block of every channel, so that none dies; narrow networks do not reach
+        # 90 % then, SqueezeNet for one. Here only the number of zeros matters.
+        floors = Floors(keep_channels=False)
+        plan = resolve(network, target=sparsity, pattern=pattern, floors=floors)
     weights = plan.weights(network)
     with torch.no_grad():
         for name, mask in plan_masks(plan, weights, share=1.0).items():
