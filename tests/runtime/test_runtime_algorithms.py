@@ -265,10 +265,12 @@ def test_layers_are_measured_by_the_first_call_and_never_again(folder, caplog):
     choice = engine.algorithms.choices[name]
     assert list(choice.milliseconds) == [str(w) for w in ways(*first(model), host(), True)]
     assert all(ms > 0 for ms in choice.milliseconds.values())
+    assert len(set(choice.milliseconds.values())) > 1, "each way has a time of its own"
     assert all(way in choice.reason for way in choice.milliseconds)
     assert choice.reason in engine.choices()[0].reason
     after = engine.steps
     assert engine.steps is after
+    assert products(engine)[0].details["way"] == choice.algorithm
     assert [(s.node, s.source, s.target) for s in after.steps] == [
         (s.node, s.source, s.target) for s in before.steps
     ]
