@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from blocksparse.runtime.algorithms import Memory
+from blocksparse.runtime.kernels import forget_stale
 from blocksparse.runtime.kernels.target import host
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v1.bsr.safetensors"
@@ -67,3 +68,27 @@ def test_without_a_writable_cache_everything_still_runs():
     assert done.returncode == 0, done.stderr
     assert "compiled engine" in done.stdout
     assert "NUMBA_CACHE_DIR" in done.stderr
+
+
+def test_loops_kept_from_other_sources_are_forgotten(tmp_path):
+    kept = tmp_path / "__pycache__"
+    kept.mkdir()
+    (tmp_path / "a.py").write_text("")
+    (tmp_path / "b.py").write_text("")
+    index, code = kept / "a.f-1.py311.nbi", kept / "a.f-1.py311.1.nbc"
+
+    def compiled():
+        index.write_bytes(b"i")
+        code.write_bytes(b"c")
+
+    compiled()
+    forget_stale(tmp_path)  # nobody knows what they were compiled from
+    assert not index.exists()
+    compiled()
+    forget_stale(tmp_path)
+    assert index.exists()
+    assert code.exists()
+    (tmp_path / "b.py").write_text("X = 1")  # not the file of the kept function
+    forget_stale(tmp_path)
+    assert not index.exists()
+    assert not code.exists()

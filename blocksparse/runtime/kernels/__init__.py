@@ -11,15 +11,44 @@ import atexit
 import logging
 import shutil
 import tempfile
+from pathlib import Path
 
 from numba import njit
 from numba.core import config
+
+
+def forget_stale(folder: Path) -> None:
+    """Remove Numba's caches of a package if any of its files changed since they were made.
+
+    Numba looks only at the file of the function that it kept. The loops here have the layout of
+    records compiled in, so a change of one file makes the code of all others wrong, silently.
+
+    Parameters
+    ----------
+    folder : Path
+        The package.
+    """
+    kept = folder / "__pycache__"
+    stamp = kept / "numba-sources.txt"
+    sources = ((path.name, path.stat()) for path in sorted(folder.glob("*.py")))
+    state = "\n".join(f"{name} {stat.st_mtime_ns} {stat.st_size}" for name, stat in sources)
+    try:
+        if stamp.exists() and stamp.read_text(encoding="utf-8") == state:
+            return
+        for path in kept.glob("*.nb[ic]"):
+            path.unlink(missing_ok=True)
+        kept.mkdir(exist_ok=True)
+        stamp.write_text(state, encoding="utf-8")
+    except OSError:
+        # A package that cannot be written is not edited either: it was installed as a whole.
+        return
 
 
 def _probe() -> None:
     """Serve to ask Numba whether it can keep code of this package."""
 
 
+forget_stale(Path(__file__).parent)
 try:
     njit(cache=True, nogil=True)(_probe)
 except RuntimeError as error:
