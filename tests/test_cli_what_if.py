@@ -62,6 +62,7 @@ def test_layers_can_be_left_dense_or_not(file, tmp_path, capsys):
     assert [layer["name"] for layer in json.loads(target.read_text())["layers"]] == ["fc"]
 
 
+@pytest.mark.slow
 def test_a_network_by_name_is_built_in_a_process_of_its_own(capsys):
     options = ("--size", "8", "--rounds", "1", "--sparsity", "0.5", "--threads", "1")
     status, out, err = call(capsys, "what-if", "resnet8", *options)
