@@ -112,12 +112,7 @@ def run(
                 fetch_add(finished, 1)
         if timed:
             times[s + 1, 0] = now()
-        spins = 0
-        while load_acquire(finished) < items:
-            pause()
-            spins += 1
-            if spins % PATIENCE == 0:  # the thread we wait for may want this very core
-                give_way()
+        _wait(finished, items)
         if timed:
             times[s + 1, 1] = now()
     left = gate + 8 * LINE
@@ -128,8 +123,17 @@ def run(
             pause()
     else:
         entered = fetch_add(gate, SHUT) & (SHUT - 1)
-        while load_acquire(left) < entered:  # they are past their last item
-            pause()
+        _wait(left, entered)  # they are past their last item
+
+
+@njit(cache=True, nogil=True)
+def _wait(counter: int, count: int) -> None:
+    spins = 0
+    while load_acquire(counter) < count:
+        pause()
+        spins += 1
+        if spins % PATIENCE == 0:  # the thread we wait for may want this very core
+            give_way()
 
 
 @njit(cache=True, nogil=True)
