@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from blocksparse.perf.machine import describe_machine, usable_cores
 from blocksparse.perf.timing import Timing, interleave
 from blocksparse.runtime.caches import Cache, memory_limit, system_caches, usual_caches
 from blocksparse.runtime.helpers import Helpers
-from blocksparse.runtime.kernels.objects import cache_folder, compile_text
+from blocksparse.runtime.kernels.objects import cache_folder, compile_text, keep
 from blocksparse.runtime.kernels.target import Target, host
 
 ROUNDS = 9
@@ -310,9 +309,6 @@ def _kept_at(target: Target, cores: int) -> Path:
 
 def _keep(path: Path, measured: Ceilings) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(asdict(measured), file)
-        os.replace(file.name, path)
+        keep(path, json.dumps(asdict(measured)).encode())
     except OSError as error:
         _log.warning("the ceilings are not kept: cannot write %s (%s)", path, error)

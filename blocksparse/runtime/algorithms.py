@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -22,7 +20,7 @@ import numpy as np
 from blocksparse.format import BsrWeight, Model, NMWeight, Node, Weight
 
 from . import winograd
-from .kernels.objects import cache_folder
+from .kernels.objects import cache_folder, keep
 from .kernels.target import Target, describe
 
 _log = logging.getLogger(__name__)
@@ -31,7 +29,7 @@ MEASURED_FLOPS = 10_000_000
 """A layer with less work than this, some 50 microseconds, is not worth a measurement."""
 
 CLOSE = 0.97
-"""Another way than the rule's has to take less than this share of its time: a result within the
+"""Another way has to take less than this share of the time of the best so far: a result within the
 noise would change from machine start to machine start, and with it the last bits of the outputs."""
 
 
@@ -182,12 +180,7 @@ class Memory:
     def write(self, measured: Mapping[str, Mapping[str, float]]) -> None:
         """Add to what is there; a folder that cannot be written only costs time."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self.path.parent, delete=False, encoding="utf-8"
-            ) as file:
-                json.dump({**self.read(), **measured}, file, indent=1)
-            os.replace(file.name, self.path)
+            keep(self.path, json.dumps({**self.read(), **measured}, indent=1).encode())
         except OSError as error:
             _log.warning("measured layers are not kept: cannot write %s (%s)", self.path, error)
 

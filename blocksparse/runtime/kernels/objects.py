@@ -44,6 +44,25 @@ def cache_folder() -> Path:
     return base / "blocksparse"
 
 
+def keep(path: Path, content: bytes) -> None:
+    """Write a file of the cache whole or not at all, whoever else writes it at the same time.
+
+    Raises
+    ------
+    OSError
+        Where it cannot be written; nothing is left then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.close()
+            os.replace(file.name, path)
+        except OSError:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
 def address(kernel: Kernel, target: Target | None = None) -> int:
     """Return the address of a compiled micro-kernel, compiling it where no cached object fits.
 
@@ -110,10 +129,7 @@ def compile_text(name: str, text: str, target: Target) -> int:
 def _save(path: Path, code: bytes) -> None:
     """Keep an object with its checksum; a cache that cannot be written only costs time."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)
+        keep(path, hashlib.sha256(code).digest() + code)
     except OSError as error:
         _log.warning("compiled kernels are not kept: cannot write %s (%s)", path.parent, error)
 
