@@ -177,9 +177,10 @@ def test_no_dense_copy_of_a_sparse_weight(layout, kind, share):
     weight = next(iter(model.weights.values()))
     assert isinstance(weight, kind)
     dense = 4 * 256 * 256 * 9
-    load(model)(randoms(1, 256, 4, 4))  # compiled before memory is counted
+    # Winograd's transformed weights are larger, and whether they pay is measured on this machine.
+    load(model, winograd=False)(randoms(1, 256, 4, 4))  # compiled before memory is counted
     tracemalloc.start()
-    network = load(model)
+    network = load(model, winograd=False)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     packed = sum(s.packed.nbytes for s in network.engine.steps.steps if s.packed is not None)
