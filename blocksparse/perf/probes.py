@@ -54,8 +54,11 @@ class Precision:
 
 
 def chains(target: Target) -> int:
-    """Return how many sums the multiply-add loop keeps: those of the largest register tile."""
-    return target.rows * target.vectors
+    """Return how many sums the multiply-add loop keeps: those of the largest register tile.
+
+    At least 12, because some processors start two multiply-adds a cycle and finish after 5.
+    """
+    return max(12, target.rows * target.vectors)
 
 
 def precisions(target: Target) -> list[Precision]:

@@ -48,6 +48,13 @@ def kernel_for(op: int, packed: Packed, width: int) -> Kernel:
     return Kernel(KERNELS[op][0], packed.rows, packed.columns, width, packed.group)
 
 
+def widest_tile(op: int, target: Target) -> int:
+    """Vectors or images of the largest register tile of a step's micro-kernel."""
+    widest = KERNELS[op][1][-1]
+    in_blocks = op in (records.CONV, records.WINOGRAD, records.TILES_CONV)
+    return min(widest, target.vectors) if in_blocks else widest
+
+
 def fill_linear(
     record: npt.NDArray[np.int64],
     step: Step,
@@ -81,7 +88,7 @@ def fill_conv(
     record[records.SOURCE + 1] = source.channel * planes
     lanes = target.lanes
     vectors = -(-output.run(batch) // lanes)
-    widest = KERNELS[step.op][1][-1]
+    widest = widest_tile(step.op, target)
     channels = source.channels // planes
     panel = max(1, PANEL_BYTES // (4 * lanes * channels * widest)) * widest
     panels = -(-vectors // panel)
@@ -233,7 +240,9 @@ def fill_product(
     parts : int
         Parts wanted that the row tiles are cut into.
     """
-    for place, width in enumerate(KERNELS[step.op][1]):
+    record[records.WIDEST] = widest_tile(step.op, target)
+    widths = [width for width in KERNELS[step.op][1] if width <= record[records.WIDEST]]
+    for place, width in enumerate(widths):
         kernel = kernel_for(step.op, packed, width)
         record[records.KERNELS + place] = objects.address(kernel, target)
     values, indices = tables.address(packed.values), tables.address(packed.indices)

@@ -21,9 +21,9 @@ def width_of(step: Any, left: int) -> int:
     """Vectors of the next register tile when `left` vectors remain."""
     if step[r.OP] == r.CONV_NM:  # widths 1, 2, 4, 8
         return 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
-    if left == 4:  # 2 + 2 rather than 3 + 1
-        return 2
-    return 3 if left >= 3 else left
+    # as few tiles as will do, about equally wide: 2 + 2 rather than 3 + 1
+    tiles = -(-left // step[r.WIDEST])
+    return -(-left // tiles)
 
 
 @njit(cache=True, nogil=True)

@@ -32,6 +32,7 @@ VECTORS, PANEL = 7, 8  # vectors of a channel, and of one panel
 TILES, PARTS = 9, 10  # place of the row tiles and of the part boundaries in the tables
 PARTS_COUNT = 11
 BIAS, BOUNDS, MASK, LANES = 13, 14, 15, 16
+WIDEST = 31  # vectors of the largest register tile
 
 # Winograd convolutions, besides KERNELS, LANES, TILES, PARTS, BIAS and BOUNDS; distances in floats
 TILE_ROWS_ALL, BAND, TILE_ROWS_IMAGE = 7, 8, 12  # tile rows: of the batch, of a band, of an image

