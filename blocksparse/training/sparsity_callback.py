@@ -12,18 +12,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from blocksparse.sparsity import (
     Allocation,
     Block,
     Cubic,
     Floors,
+    GradientScores,
     Layers,
     MaskedWeights,
     Pattern,
     Plan,
     Schedule,
+    StraightThrough,
     Uniform,
     plan_table,
     resolve,
@@ -31,6 +32,8 @@ from blocksparse.sparsity import (
 )
 from blocksparse.sparsity.scores import score_named
 from blocksparse.sparsity.state import STATE_KEY
+from blocksparse.training.sparsity_settings import Backward, check_settings
+from blocksparse.training.step_hooks import StepHooks
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,9 @@ class SparsityCallback(Callback):
     zeros. Every `interval` steps, until the ramp ends, the masks are built anew from the weights.
     After that they are fixed. A later fit keeps them.
 
+    With ``backward="straight_through"`` dropped weights are zero in the network all the same, but
+    go on learning, and come back when they outgrow others: see `StraightThrough`.
+
     In the logs: ``sparsity`` (of the prunable weights, also in the progress bar),
     ``sparsity_of_all`` (of all parameters) and, every epoch, ``density/<layer>``. All are counted
     in the weights.
@@ -56,8 +62,8 @@ class SparsityCallback(Callback):
         Sparsity of the prunable weights at the end of the ramp, 0..1. 0 prunes nothing.
     pattern : Pattern, optional
         What may be zero together; default: 8x8 blocks shared over the kernel positions.
-    score : {"l1", "l2"}
-        What ranks the units of the pattern.
+    score : {"l1", "l2", "taylor", "movement"}
+        What ranks the units of the pattern. The last two go by gradients: see `gradient_scores`.
     schedule : Schedule, optional
         When; default: a cubic ramp over the first half of the training.
     allocation : Allocation, optional
@@ -74,6 +80,13 @@ class SparsityCallback(Callback):
         Sparsity to begin with; "from_model": what each layer already has.
     interval : int
         Optimizer steps between two updates of the masks.
+    backward : {"masked", "straight_through"}
+        What dropped weights learn: nothing, or by the gradients at the masked weights.
+    decay : float
+        Straight-through only: this times its value is added to the gradient of a dropped weight.
+    update_until : float, optional
+        Straight-through only: fraction of training until which masks are built anew, at least the
+        schedule's end; default: that end.
     root : str
         Name of the network within the LightningModule; "" is the LightningModule itself. Layer
         names are relative to it.
@@ -101,6 +114,9 @@ class SparsityCallback(Callback):
         keep_channels: bool = True,
         initial: float | str = 0.0,
         interval: int = 100,
+        backward: str = "masked",
+        decay: float = 2e-4,
+        update_until: float | None = None,
         root: str = "model",
         save_dir: str | None = None,
     ) -> None:
@@ -115,15 +131,22 @@ class SparsityCallback(Callback):
         self.floors = Floors(min_density, keep_channels)
         self.initial = initial
         self.interval = interval
+        self.backward = Backward(backward, decay, update_until, self.schedule)
+        if self.score.gradients and self.schedule.at(0.0) > 0.0:
+            raise ValueError(
+                f"sparsity.score={score} needs gradients, and there are none before the first step: "
+                "let sparsity.schedule.start be above 0"
+            )
         self.root = root
         self.save_dir = save_dir
         self._masked: MaskedWeights | None = None
         self._share = 0.0  # of the ramp; it never falls
         self._updated_at = 0  # global step
+        self._gradients = GradientScores(self.score) if self.score.gradients else None
         self._loaded_settings: dict[str, str] | None = None
         # What one fit needs and no checkpoint holds.
         self._total_steps = 1
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: StepHooks | None = None
         self._zeros: dict[str, int] = {}  # counted in each pruned weight
 
     @property
@@ -138,7 +161,7 @@ class SparsityCallback(Callback):
 
     @property
     def finished(self) -> bool:
-        """Whether the masks are final: the ramp has ended, or there is nothing to prune."""
+        """Whether the planned sparsity is reached: the ramp is over, or nothing is to prune."""
         return self.plan is not None and (self._share >= 1.0 or not self.plan.pruned)
 
     @property
@@ -175,14 +198,23 @@ class SparsityCallback(Callback):
             "share": self._share,
             "updated_at": self._updated_at,
             "masks": dict(self._masked.packed),
+            "held": self._masked.held if isinstance(self._masked, StraightThrough) else None,
+            "gradients": self._gradients.state if self._gradients else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self._masked = MaskedWeights(Plan.from_json(state_dict["plan"]), state_dict["masks"])
+        plan, masks = Plan.from_json(state_dict["plan"]), state_dict["masks"]
+        held = state_dict.get("held")
+        self._masked = (
+            MaskedWeights(plan, masks) if held is None else StraightThrough(plan, masks, held)
+        )
+        if self._gradients and state_dict.get("gradients"):
+            self._gradients = GradientScores(self.score, state_dict["gradients"])
         self._share = state_dict["share"]
         self._updated_at = state_dict["updated_at"]
-        self._loaded_settings = state_dict["settings"]
+        # Before there was a choice, dropped weights learnt nothing.
+        self._loaded_settings = {"backward": "masked", **state_dict["settings"]}
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -211,8 +243,9 @@ class SparsityCallback(Callback):
             )
         network = self._network(pl_module)
         if self._masked is None:
-            self._masked = MaskedWeights(self.plan_for(network))
-        self._check_settings()
+            self._masked = self.backward.masked_weights(self.plan_for(network))
+        if self._loaded_settings is not None:
+            check_settings(self._loaded_settings, self._settings())
         plan = self._masked.plan
         plan.weights(network)  # refuses another network than the plan's
         if trainer.is_global_zero:
@@ -232,21 +265,36 @@ class SparsityCallback(Callback):
         self._total_steps = max(int(total), 1) if math.isfinite(total) else 1
         self._updated_at = min(self._updated_at, trainer.global_step)  # a new trainer counts anew
         self._release()
-        masked, network = self._active, self._network(pl_module)
-        if not masked.packed and masked.plan.pruned:
+        network = self._network(pl_module)
+        if not self._active.packed and self._active.plan.pruned:
             self._update(trainer, network, trainer.global_step)
-        masked.impose(network)
-        self._zeros = masked.count(network)
+        self._active.impose(network)
+        self._zeros = self._active.count(network)
 
-        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        def before_step(optimizer: Optimizer) -> None:
+            masked = self._active
+            params = [param for group in optimizer.param_groups for param in group["params"]]
+            if isinstance(masked, StraightThrough):
+                masked.restore(network)
+            if self._gradients and not self._settled:
+                self._gradients.add(masked.plan.weights(network), params)
+            if isinstance(masked, StraightThrough) and self.backward.decay:
+                masked.add_decay(network, self.backward.decay, params)
+
+        def after_step(optimizer: Optimizer) -> None:
             self._active.impose(network)
             # Lightning counts the step only after the optimizer returns.
             if self._due(trainer.global_step + 1):
                 self._update(trainer, network, trainer.global_step + 1)
 
-        self._hooks = [
-            optimizer.register_step_post_hook(after_step) for optimizer in trainer.optimizers
-        ]
+        self._hooks = StepHooks(trainer.optimizers, before_step, after_step)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Put dropped weights that learn back in place, and gather gradient scores."""
+        if self._hooks:
+            self._hooks.gradients_ready(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
@@ -265,15 +313,15 @@ class SparsityCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that what was promised is there."""
-        masked, network = self._active, self._network(pl_module)
+        network = self._network(pl_module)
         # The mixed-precision scaler may have skipped the very last step.
         if self._due(trainer.global_step):
             self._update(trainer, network, trainer.global_step)
-        masked.impose(network)
+        self._active.impose(network)
         self._release()
-        self._zeros = masked.count(network)
+        self._zeros = self._active.count(network)
         if self.finished:
-            masked.check_reached(self._zeros)
+            self._active.check_reached(self._zeros)
         else:
             logger.warning(
                 "training stopped at step %d of %d, before the sparsity ramp ended (schedule.end="
@@ -281,14 +329,16 @@ class SparsityCallback(Callback):
                 trainer.global_step,
                 self._total_steps,
                 self.schedule.end,
-                sum(self._zeros.values()) / masked.plan.prunable,
-                masked.plan.sparsity,
+                sum(self._zeros.values()) / self._active.plan.prunable,
+                self._active.plan.sparsity,
             )
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let go of optimizers and weights."""
+        """Let go of optimizers and weights, with zeros in them wherever the step broke off."""
+        if self._hooks and self.masks:
+            self._active.impose(self._network(pl_module))
         self._release()
 
     # -- inner workings ------------------------------------------------------------------------
@@ -300,6 +350,11 @@ class SparsityCallback(Callback):
                 "the sparsity callback has no plan yet: it is made when a fit starts"
             )
         return self._masked
+
+    @property
+    def _settled(self) -> bool:
+        """Whether the masks are final."""
+        return self.finished and not isinstance(self._masked, StraightThrough)
 
     def _settings(self) -> dict[str, str]:
         """Return what decides about the masks, as text, to tell when a resumed run differs."""
@@ -313,21 +368,8 @@ class SparsityCallback(Callback):
             "floors": repr(self.floors),
             "initial": repr(self.initial),
             "interval": repr(self.interval),
+            "backward": str(self.backward),
         }
-
-    def _check_settings(self) -> None:
-        """Refuse to go on with other settings than those in the checkpoint."""
-        loaded, own = self._loaded_settings, self._settings()
-        differing = [key for key in own if loaded is not None and loaded.get(key) != own[key]]
-        if loaded is not None and differing:
-            listed = "; ".join(
-                f"{key}: {loaded.get(key)} in the checkpoint, {own[key]} here" for key in differing
-            )
-            raise ValueError(
-                f"the checkpoint was pruned with other sparsity settings ({listed}). Resume with "
-                "the same ones, or start a new training from its weights with "
-                "sparsity.initial=from_model"
-            )
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
         try:
@@ -341,37 +383,49 @@ class SparsityCallback(Callback):
 
     def _due(self, step: int) -> bool:
         """Say whether the masks are to be built anew once ``step`` optimizer steps are done."""
-        if self.finished:
+        if self._settled:
             return False
         progress = step / self._total_steps
-        if step - self._updated_at < self.interval and progress < self.schedule.end:
+        if step - self._updated_at < self.interval and progress < self.backward.until:
             return False
-        return self.schedule.at(progress) > self._share
+        return self.backward.straight_through or self.schedule.at(progress) > self._share
 
     def _update(self, trainer: Trainer, network: nn.Module, step: int) -> None:
         """Build the masks anew from the weights, and impose them."""
-        share = self.schedule.at(step / self._total_steps)
+        masked = self._active
+        share = max(self.schedule.at(step / self._total_steps), self._share)
+        if isinstance(masked, StraightThrough):
+            masked.restore(network)
         # All ranks have the same weights, yet the ranking of one counts: they cannot differ. It
         # sends its error too, or the others would wait for masks that never come.
         built: dict[str, Tensor] | ValueError | None = None
         if trainer.is_global_zero:
             try:
-                built = self._active.build(network, share)
+                built = masked.build(network, share, self._ranked(network))
             except ValueError as error:
                 built = error
         built = trainer.strategy.broadcast(built, src=0)
         if not isinstance(built, dict):
             raise built or RuntimeError("rank 0 sent no masks")
-        self._active.adopt(built)
-        self._active.impose(network)
+        masked.adopt(built)
+        masked.impose(network)
         self._share, self._updated_at = share, step
-        self._zeros = self._active.count(network)
+        if step / self._total_steps >= self.backward.until:
+            self._masked = MaskedWeights(masked.plan, masked.packed)
+        self._zeros = masked.count(network)
         if self.finished:
-            self._active.check_reached(self._zeros)
+            masked.check_reached(self._zeros)
+
+    def _ranked(self, network: nn.Module) -> dict[str, Tensor] | None:
+        """Return what is ranked in place of the weights; None for the weights themselves."""
+        if self._gradients is None:
+            return None
+        masks = None if self.backward.straight_through else self.masks
+        return self._gradients.ranked(self._active.plan.weights(network), masks)
 
     def _release(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        if self._hooks:
+            self._hooks.remove()
+        self._hooks = None
         if self._masked is not None:
             self._masked.forget()
