@@ -15,6 +15,7 @@ from blocksparse.sparsity.patterns import (
     pattern_to_json,
 )
 from blocksparse.sparsity.plan import LayerPlan, Plan
+from blocksparse.sparsity.ramp import Ramp, Updates
 from blocksparse.sparsity.resolve import resolve
 from blocksparse.sparsity.schedule import Cubic, Linear, OneShot, Schedule, Steps
 from blocksparse.sparsity.scores import Score, l1, l2, movement, taylor
@@ -38,6 +39,7 @@ __all__ = [
     "OneShot",
     "Pattern",
     "Plan",
+    "Ramp",
     "Schedule",
     "Score",
     "Steps",
@@ -45,6 +47,7 @@ __all__ = [
     "Targets",
     "Uniform",
     "Unstructured",
+    "Updates",
     "VectorNM",
     "checkpoint_masks",
     "checkpoint_patterns",

@@ -18,21 +18,19 @@ from blocksparse.sparsity import (
     Block,
     Cubic,
     Floors,
-    GradientScores,
     Layers,
-    MaskedWeights,
     Pattern,
     Plan,
+    Ramp,
     Schedule,
-    StraightThrough,
     Uniform,
+    Updates,
     plan_table,
     resolve,
     save_plan,
 )
 from blocksparse.sparsity.scores import score_named
 from blocksparse.sparsity.state import STATE_KEY
-from blocksparse.training.sparsity_settings import Backward, check_settings
 from blocksparse.training.step_hooks import StepHooks
 
 logger = logging.getLogger(__name__)
@@ -120,29 +118,22 @@ class SparsityCallback(Callback):
         root: str = "model",
         save_dir: str | None = None,
     ) -> None:
-        if interval < 1:
-            raise ValueError(f"sparsity.interval is {interval}; it counts steps, at least 1")
         self.target = float(target)
         self.pattern = pattern or Block()
         self.score = score_named(score)
-        self.schedule = schedule or Cubic()
         self.allocation = allocation or Uniform()
         self.layers = Layers(tuple(include), tuple(dense), first_conv_dense, classifier_dense)
         self.floors = Floors(min_density, keep_channels)
         self.initial = initial
-        self.interval = interval
-        self.backward = Backward(backward, decay, update_until, self.schedule)
-        if self.score.gradients and self.schedule.at(0.0) > 0.0:
+        self.updates = Updates(schedule or Cubic(), interval, backward, decay, update_until)
+        if self.score.gradients and self.updates.schedule.at(0.0) > 0.0:
             raise ValueError(
-                f"sparsity.score={score} needs gradients, and there are none before the first step: "
-                "let sparsity.schedule.start be above 0"
+                f"sparsity.score={score} needs gradients, and there are none before the first "
+                "step: let sparsity.schedule.start be above 0"
             )
         self.root = root
         self.save_dir = save_dir
-        self._masked: MaskedWeights | None = None
-        self._share = 0.0  # of the ramp; it never falls
-        self._updated_at = 0  # global step
-        self._gradients = GradientScores(self.score) if self.score.gradients else None
+        self._made: Ramp | None = None
         self._loaded_settings: dict[str, str] | None = None
         # What one fit needs and no checkpoint holds.
         self._total_steps = 1
@@ -157,17 +148,17 @@ class SparsityCallback(Callback):
     @property
     def plan(self) -> Plan | None:
         """What happens to every layer; None before the first fit."""
-        return self._masked.plan if self._masked else None
+        return self._made.plan if self._made else None
 
     @property
     def finished(self) -> bool:
         """Whether the planned sparsity is reached: the ramp is over, or nothing is to prune."""
-        return self.plan is not None and (self._share >= 1.0 or not self.plan.pruned)
+        return self._made is not None and self._made.finished
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """The masks now: bool on the CPU, True where kept, by parameter name."""
-        return self._masked.masks if self._masked else {}
+        return self._made.masked.masks if self._made else {}
 
     def patterns(self) -> dict[str, Pattern]:
         """Return the pattern of each pruned parameter, by its name in the network."""
@@ -190,29 +181,14 @@ class SparsityCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return plan, ramp and packed masks as tensors and plain values; empty before a fit."""
-        if self._masked is None:
+        if self._made is None:
             return {}
-        return {
-            "settings": self._settings(),
-            "plan": self._masked.plan.to_json(),
-            "share": self._share,
-            "updated_at": self._updated_at,
-            "masks": dict(self._masked.packed),
-            "held": self._masked.held if isinstance(self._masked, StraightThrough) else None,
-            "gradients": self._gradients.state if self._gradients else None,
-        }
+        plan = self._made.plan.to_json()
+        return {"settings": self._settings(), "plan": plan, **self._made.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        plan, masks = Plan.from_json(state_dict["plan"]), state_dict["masks"]
-        held = state_dict.get("held")
-        self._masked = (
-            MaskedWeights(plan, masks) if held is None else StraightThrough(plan, masks, held)
-        )
-        if self._gradients and state_dict.get("gradients"):
-            self._gradients = GradientScores(self.score, state_dict["gradients"])
-        self._share = state_dict["share"]
-        self._updated_at = state_dict["updated_at"]
+        self._made = Ramp(Plan.from_json(state_dict["plan"]), self.updates, state_dict)
         # Before there was a choice, dropped weights learnt nothing.
         self._loaded_settings = {"backward": "masked", **state_dict["settings"]}
 
@@ -242,11 +218,11 @@ class SparsityCallback(Callback):
                 "strategy=ddp or a single device to prune"
             )
         network = self._network(pl_module)
-        if self._masked is None:
-            self._masked = self.backward.masked_weights(self.plan_for(network))
+        if self._made is None:
+            self._made = Ramp(self.plan_for(network), self.updates)
         if self._loaded_settings is not None:
-            check_settings(self._loaded_settings, self._settings())
-        plan = self._masked.plan
+            self._check_settings(self._loaded_settings)
+        plan = self._made.plan
         plan.weights(network)  # refuses another network than the plan's
         if trainer.is_global_zero:
             # Wide enough for every column: a log file has no width of its own.
@@ -263,28 +239,22 @@ class SparsityCallback(Callback):
                 "set trainer.max_epochs or trainer.max_steps"
             )
         self._total_steps = max(int(total), 1) if math.isfinite(total) else 1
-        self._updated_at = min(self._updated_at, trainer.global_step)  # a new trainer counts anew
+        ramp, network = self._ramp, self._network(pl_module)
+        ramp.updated_at = min(ramp.updated_at, trainer.global_step)  # a new trainer counts anew
         self._release()
-        network = self._network(pl_module)
-        if not self._active.packed and self._active.plan.pruned:
+        if not ramp.masked.packed and ramp.plan.pruned:
             self._update(trainer, network, trainer.global_step)
-        self._active.impose(network)
-        self._zeros = self._active.count(network)
+        ramp.masked.impose(network)
+        self._zeros = ramp.masked.count(network)
 
         def before_step(optimizer: Optimizer) -> None:
-            masked = self._active
             params = [param for group in optimizer.param_groups for param in group["params"]]
-            if isinstance(masked, StraightThrough):
-                masked.restore(network)
-            if self._gradients and not self._settled:
-                self._gradients.add(masked.plan.weights(network), params)
-            if isinstance(masked, StraightThrough) and self.backward.decay:
-                masked.add_decay(network, self.backward.decay, params)
+            self._ramp.before_step(network, params)
 
         def after_step(optimizer: Optimizer) -> None:
-            self._active.impose(network)
+            self._ramp.after_step(network)
             # Lightning counts the step only after the optimizer returns.
-            if self._due(trainer.global_step + 1):
+            if self._ramp.due(trainer.global_step + 1, self._total_steps):
                 self._update(trainer, network, trainer.global_step + 1)
 
         self._hooks = StepHooks(trainer.optimizers, before_step, after_step)
@@ -300,37 +270,37 @@ class SparsityCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Log the sparsity counted last."""
-        plan, zeros = self._active.plan, sum(self._zeros.values())
+        plan, zeros = self._ramp.plan, sum(self._zeros.values())
         pl_module.log("sparsity", zeros / max(plan.prunable, 1), prog_bar=True, batch_size=1)
         pl_module.log("sparsity_of_all", zeros / max(plan.parameters, 1), batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count and log the density of each layer."""
-        self._zeros = self._active.count(self._network(pl_module))
-        for layer in self._active.plan.pruned:
+        self._zeros = self._ramp.masked.count(self._network(pl_module))
+        for layer in self._ramp.plan.pruned:
             density = 1.0 - self._zeros[layer.param] / layer.size
             pl_module.log(f"density/{layer.name}", density, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that what was promised is there."""
-        network = self._network(pl_module)
+        ramp, network = self._ramp, self._network(pl_module)
         # The mixed-precision scaler may have skipped the very last step.
-        if self._due(trainer.global_step):
+        if ramp.due(trainer.global_step, self._total_steps):
             self._update(trainer, network, trainer.global_step)
-        self._active.impose(network)
+        ramp.masked.impose(network)
         self._release()
-        self._zeros = self._active.count(network)
+        self._zeros = ramp.masked.count(network)
         if self.finished:
-            self._active.check_reached(self._zeros)
+            ramp.masked.check_reached(self._zeros)
         else:
             logger.warning(
                 "training stopped at step %d of %d, before the sparsity ramp ended (schedule.end="
                 "%g): sparsity is %.4f and the target %.4f. Resume, or let the ramp end earlier",
                 trainer.global_step,
                 self._total_steps,
-                self.schedule.end,
-                sum(self._zeros.values()) / self._active.plan.prunable,
-                self._active.plan.sparsity,
+                self.updates.schedule.end,
+                sum(self._zeros.values()) / ramp.plan.prunable,
+                ramp.plan.sparsity,
             )
 
     def on_exception(
@@ -338,23 +308,18 @@ class SparsityCallback(Callback):
     ) -> None:
         """Let go of optimizers and weights, with zeros in them wherever the step broke off."""
         if self._hooks and self.masks:
-            self._active.impose(self._network(pl_module))
+            self._ramp.masked.impose(self._network(pl_module))
         self._release()
 
     # -- inner workings ------------------------------------------------------------------------
 
     @property
-    def _active(self) -> MaskedWeights:
-        if self._masked is None:
+    def _ramp(self) -> Ramp:
+        if self._made is None:
             raise RuntimeError(
                 "the sparsity callback has no plan yet: it is made when a fit starts"
             )
-        return self._masked
-
-    @property
-    def _settled(self) -> bool:
-        """Whether the masks are final."""
-        return self.finished and not isinstance(self._masked, StraightThrough)
+        return self._made
 
     def _settings(self) -> dict[str, str]:
         """Return what decides about the masks, as text, to tell when a resumed run differs."""
@@ -362,14 +327,26 @@ class SparsityCallback(Callback):
             "target": repr(self.target),
             "pattern": str(self.pattern),
             "score": self.score.name,
-            "schedule": repr(self.schedule),
             "allocation": repr(self.allocation),
             "layers": repr(self.layers),
             "floors": repr(self.floors),
             "initial": repr(self.initial),
-            "interval": repr(self.interval),
-            "backward": str(self.backward),
+            **self.updates.settings(),
         }
+
+    def _check_settings(self, loaded: dict[str, str]) -> None:
+        """Refuse to go on with other settings than those in the checkpoint."""
+        own = self._settings()
+        differing = [key for key in own if loaded.get(key) != own[key]]
+        if differing:
+            listed = "; ".join(
+                f"{key}: {loaded.get(key)} in the checkpoint, {own[key]} here" for key in differing
+            )
+            raise ValueError(
+                f"the checkpoint was pruned with other sparsity settings ({listed}). Resume with "
+                "the same ones, or start a new training from its weights with "
+                "sparsity.initial=from_model"
+            )
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
         try:
@@ -381,51 +358,28 @@ class SparsityCallback(Callback):
                 f"{children}. Set sparsity.root to one of them, or to '' for all of it"
             ) from None
 
-    def _due(self, step: int) -> bool:
-        """Say whether the masks are to be built anew once ``step`` optimizer steps are done."""
-        if self._settled:
-            return False
-        progress = step / self._total_steps
-        if step - self._updated_at < self.interval and progress < self.backward.until:
-            return False
-        return self.backward.straight_through or self.schedule.at(progress) > self._share
-
     def _update(self, trainer: Trainer, network: nn.Module, step: int) -> None:
         """Build the masks anew from the weights, and impose them."""
-        masked = self._active
-        share = max(self.schedule.at(step / self._total_steps), self._share)
-        if isinstance(masked, StraightThrough):
-            masked.restore(network)
+        ramp, total = self._ramp, self._total_steps
         # All ranks have the same weights, yet the ranking of one counts: they cannot differ. It
         # sends its error too, or the others would wait for masks that never come.
         built: dict[str, Tensor] | ValueError | None = None
         if trainer.is_global_zero:
             try:
-                built = masked.build(network, share, self._ranked(network))
+                built = ramp.build(network, step, total)
             except ValueError as error:
                 built = error
         built = trainer.strategy.broadcast(built, src=0)
         if not isinstance(built, dict):
             raise built or RuntimeError("rank 0 sent no masks")
-        masked.adopt(built)
-        masked.impose(network)
-        self._share, self._updated_at = share, step
-        if step / self._total_steps >= self.backward.until:
-            self._masked = MaskedWeights(masked.plan, masked.packed)
-        self._zeros = masked.count(network)
+        ramp.adopt(network, built, step, total)
+        self._zeros = ramp.masked.count(network)
         if self.finished:
-            masked.check_reached(self._zeros)
-
-    def _ranked(self, network: nn.Module) -> dict[str, Tensor] | None:
-        """Return what is ranked in place of the weights; None for the weights themselves."""
-        if self._gradients is None:
-            return None
-        masks = None if self.backward.straight_through else self.masks
-        return self._gradients.ranked(self._active.plan.weights(network), masks)
+            ramp.masked.check_reached(self._zeros)
 
     def _release(self) -> None:
         if self._hooks:
             self._hooks.remove()
         self._hooks = None
-        if self._masked is not None:
-            self._masked.forget()
+        if self._made is not None:
+            self._made.masked.forget()
