@@ -5,8 +5,8 @@ To first order, setting a weight w to zero changes the loss by ``-w * g``, where
 - ``taylor``: the mean of ``|w * g|`` over the steps (P. Molchanov et al., "Importance Estimation
   for Neural Network Pruning", CVPR 2019). What matters little to the loss goes.
 - ``movement``: the sum of ``-w * g`` over the steps (V. Sanh et al., "Movement Pruning", NeurIPS
-  2020). What training pushes towards zero goes. This is what a trainable score per unit becomes
-  that is multiplied with nothing but learns through the mask, at a learning rate of 1.
+  2020). What training pushes towards zero goes. It is what a score per unit becomes that is trained
+  straight through the mask, by plain gradient descent at a learning rate of 1.
 
 Both rank units by the mean over their weights.
 """
@@ -68,12 +68,13 @@ class GradientScores:
                 continue
             steps = self._steps[param] = self._steps.get(param, 0) + 1
             if param not in self._values:
-                self._values[param] = torch.zeros_like(weight)
+                self._values[param] = torch.zeros_like(weight, dtype=torch.float32)
             value = self._values[param] = self._values[param].to(weight.device)
+            product = (weight * weight.grad).to(torch.float32)
             if self.score == movement:
-                value.addcmul_(weight, weight.grad, value=-1.0)
+                value.sub_(product)
             else:
-                value.lerp_((weight * weight.grad).abs_(), 1.0 / min(steps, WINDOW))
+                value.lerp_(product.abs_(), 1.0 / min(steps, WINDOW))
 
     def ranked(
         self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None
@@ -107,7 +108,9 @@ class GradientScores:
                     f"{param}: no gradient has come to it, so {self.score.name} cannot rank it. Is "
                     "it frozen? Leave it dense (sparsity.dense), or take sparsity.score=l2"
                 )
-            value = self._values[param].to(torch.float64)
+            value = self._values[param]
+            # MPS has no float64.
+            value = value.to("cpu" if value.device.type == "mps" else value.device, torch.float64)
             if self.score == movement:
                 # Means over the weights of a unit keep their order when all weights rise alike.
                 value = value - value.min()
