@@ -78,7 +78,7 @@ def test_checkpoints_hold_zeros_and_resuming_is_exact(tmp_path, pattern, interva
         for param in earlier
     ]
     assert sum(back) > 0
-    for step in (1, 2, 5, 8, 10, 11):
+    for step in (2, 6, 10):
         other, again = Tiny(), learning(**settings)
         with torch.no_grad():
             other.model[2].weight.mul_(3.0)  # whatever it was before, the checkpoint counts
