@@ -1,6 +1,7 @@
 """What may be zero: patterns, scores, allocation, schedules, and the masks that follow."""
 
 from blocksparse.sparsity.allocation import Allocation, Global, Targets, Uniform
+from blocksparse.sparsity.gradient_scores import GradientScores
 from blocksparse.sparsity.layers import Layers
 from blocksparse.sparsity.masked import MaskedWeights
 from blocksparse.sparsity.masks import layer_mask, pack_mask, plan_masks, unpack_mask
@@ -14,11 +15,13 @@ from blocksparse.sparsity.patterns import (
     pattern_to_json,
 )
 from blocksparse.sparsity.plan import LayerPlan, Plan
+from blocksparse.sparsity.ramp import Ramp, Updates
 from blocksparse.sparsity.resolve import resolve
-from blocksparse.sparsity.schedule import Cubic, Linear, OneShot, Schedule
-from blocksparse.sparsity.scores import Score, l1, l2
+from blocksparse.sparsity.schedule import Cubic, Linear, OneShot, Schedule, Steps
+from blocksparse.sparsity.scores import Score, l1, l2, movement, taylor
 from blocksparse.sparsity.selection import Floors
 from blocksparse.sparsity.state import checkpoint_masks, checkpoint_patterns, checkpoint_plan
+from blocksparse.sparsity.straight_through import StraightThrough
 from blocksparse.sparsity.table import plan_markdown, plan_table, save_plan
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "Cubic",
     "Floors",
     "Global",
+    "GradientScores",
     "LayerPlan",
     "Layers",
     "Linear",
@@ -35,11 +39,15 @@ __all__ = [
     "OneShot",
     "Pattern",
     "Plan",
+    "Ramp",
     "Schedule",
     "Score",
+    "Steps",
+    "StraightThrough",
     "Targets",
     "Uniform",
     "Unstructured",
+    "Updates",
     "VectorNM",
     "checkpoint_masks",
     "checkpoint_patterns",
@@ -47,6 +55,7 @@ __all__ = [
     "l1",
     "l2",
     "layer_mask",
+    "movement",
     "pack_mask",
     "pattern_from_json",
     "pattern_to_json",
@@ -55,5 +64,6 @@ __all__ = [
     "plan_table",
     "resolve",
     "save_plan",
+    "taylor",
     "unpack_mask",
 ]

@@ -28,8 +28,9 @@ class MaskedWeights:
     def __init__(self, plan: Plan, packed: Mapping[str, Tensor] | None = None) -> None:
         self.plan = plan
         self.packed: dict[str, Tensor] = dict(packed or {})
-        # Each pruned weight of the network that was last imposed on, and where it is zero.
-        self._dropped: list[tuple[Tensor, Tensor]] | None = None
+        # The weights of the network that was last looked at that are not wholly kept, by name, and
+        # where they are zero.
+        self._found: dict[str, tuple[Tensor, Tensor]] | None = None
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -37,14 +38,24 @@ class MaskedWeights:
         shapes = {layer.param: layer.shape for layer in self.plan.pruned}
         return {param: unpack_mask(bits, shapes[param]) for param, bits in self.packed.items()}
 
-    def build(self, network: nn.Module, share: float) -> dict[str, Tensor]:
+    def build(
+        self, network: nn.Module, share: float, ranked: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Return packed masks for the weights as they are after ``share`` (0..1) of the ramp.
 
         What was dropped stays dropped. The ranking sees to that, as zeros come last in it; but of
         dropped units of different sizes it may find that fewer would do.
+
+        Parameters
+        ----------
+        network : nn.Module
+            Of the plan.
+        share : float
+            How much of the way from the initial to the final zeros is done, 0..1.
+        ranked : mapping of str to Tensor, optional
+            What the plan's score ranks in place of the weights, by parameter name, of their shapes.
         """
-        masks = plan_masks(self.plan, self.plan.weights(network), share)
-        packed = {param: pack_mask(mask) for param, mask in masks.items()}
+        packed = self._build_freely(network, share, ranked)
         return {param: bits & self.packed.get(param, bits) for param, bits in packed.items()}
 
     def adopt(self, packed: Mapping[str, Tensor]) -> None:
@@ -54,20 +65,12 @@ class MaskedWeights:
 
     def forget(self) -> None:
         """Let go of the network's tensors; the next `impose` looks them up again."""
-        self._dropped = None
+        self._found = None
 
     @torch.no_grad()
     def impose(self, network: nn.Module) -> None:
         """Set every pruned weight to exactly +0.0, in place, even where it is NaN."""
-        if self._dropped is None:
-            weights = self.plan.weights(network)
-            self._dropped = []
-            for param, mask in self.masks.items():
-                if not mask.all():
-                    # In the memory format of the weight, so that filling is one pass over memory.
-                    dropped = torch.empty_like(weights[param], dtype=torch.bool)
-                    self._dropped.append((weights[param], dropped.copy_(~mask)))
-        for weight, dropped in self._dropped:
+        for weight, dropped in self._look_up(network).values():
             weight.masked_fill_(dropped, 0.0)
 
     @torch.no_grad()
@@ -100,3 +103,21 @@ class MaskedWeights:
                 + ". Something changed the weights after the masks were imposed: look at the "
                 "callbacks and hooks that write to them"
             )
+
+    def _build_freely(
+        self, network: nn.Module, share: float, ranked: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        masks = plan_masks(self.plan, ranked or self.plan.weights(network), share)
+        return {param: pack_mask(mask) for param, mask in masks.items()}
+
+    def _look_up(self, network: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the weights that are not wholly kept, and bool tensors, True where dropped."""
+        if self._found is None:
+            weights = self.plan.weights(network)
+            self._found = {}
+            for param, mask in self.masks.items():
+                if not mask.all():
+                    # In the memory format of the weight, so that filling is one pass over memory.
+                    dropped = torch.empty_like(weights[param], dtype=torch.bool)
+                    self._found[param] = weights[param], dropped.copy_(~mask)
+        return self._found

@@ -6,6 +6,7 @@ that is done, 0 to 1. The sparsity at that moment is ``initial + (final - initia
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -66,6 +67,36 @@ class Linear(Schedule):
 
     def _curve(self, share: float) -> float:
         return share
+
+
+@dataclass(frozen=True)
+class Steps(Schedule):
+    """The same amount ``count`` times, with equal times between: the first one after ``start``.
+
+    Parameters
+    ----------
+    start, end : float
+        As in `Schedule`; the last step is at ``end``.
+    count : int
+        How many steps, at least 1.
+
+    Examples
+    --------
+    >>> ramp = Steps(0.0, 0.5, count=2)
+    >>> ramp.at(0.24), ramp.at(0.25), ramp.at(0.5)
+    (0.0, 0.5, 1.0)
+    """
+
+    count: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.count < 1:
+            raise ValueError(f"a schedule in steps needs a count of at least 1, not {self.count}")
+
+    def _curve(self, share: float) -> float:
+        # Rounded, as 0.3 * 10 may come out below 3.
+        return math.floor(round(share * self.count, 9)) / self.count
 
 
 @dataclass(frozen=True, init=False)

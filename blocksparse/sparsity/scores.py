@@ -1,4 +1,6 @@
-"""How much a group of weights matters: its L1 or L2 norm per weight.
+"""How much a group of weights matters: the L1 or L2 norm, per weight, of what stands for it.
+
+That is the weights themselves, or what `gradient_scores` gathers of them during training.
 
 A score is the mean, not the sum, over the weights it stands for. Dropping a ragged block at the
 edge of a layer frees fewer weights than dropping a full one, and what the selection spends is
@@ -28,6 +30,8 @@ class Score:
         What configs and tables call it.
     power : int
         p: 1 for the mean magnitude, 2 for the root mean square.
+    gradients : bool
+        Whether it is meant for what `GradientScores` gathers. Of weights it is a norm like others.
 
     Examples
     --------
@@ -37,6 +41,7 @@ class Score:
 
     name: str
     power: int
+    gradients: bool = False
 
     def terms(self, weight: Tensor) -> Tensor:
         """Return ``|w|^p`` entry by entry, float64 of the shape of ``weight``."""
@@ -74,8 +79,10 @@ class Score:
 
 l1 = Score("l1", 1)
 l2 = Score("l2", 2)
+taylor = Score("taylor", 1, gradients=True)
+movement = Score("movement", 1, gradients=True)
 
-SCORES = {score.name: score for score in (l1, l2)}
+SCORES = {score.name: score for score in (l1, l2, taylor, movement)}
 
 
 def score_named(name: str) -> Score:

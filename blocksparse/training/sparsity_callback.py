@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from blocksparse.sparsity import (
     Allocation,
@@ -20,17 +19,19 @@ from blocksparse.sparsity import (
     Cubic,
     Floors,
     Layers,
-    MaskedWeights,
     Pattern,
     Plan,
+    Ramp,
     Schedule,
     Uniform,
+    Updates,
     plan_table,
     resolve,
     save_plan,
 )
 from blocksparse.sparsity.scores import score_named
 from blocksparse.sparsity.state import STATE_KEY
+from blocksparse.training.step_hooks import StepHooks
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,9 @@ class SparsityCallback(Callback):
     zeros. Every `interval` steps, until the ramp ends, the masks are built anew from the weights.
     After that they are fixed. A later fit keeps them.
 
+    With ``backward="straight_through"`` dropped weights are zero in the network all the same, but
+    go on learning, and come back when they outgrow others: see `StraightThrough`.
+
     In the logs: ``sparsity`` (of the prunable weights, also in the progress bar),
     ``sparsity_of_all`` (of all parameters) and, every epoch, ``density/<layer>``. All are counted
     in the weights.
@@ -56,8 +60,8 @@ class SparsityCallback(Callback):
         Sparsity of the prunable weights at the end of the ramp, 0..1. 0 prunes nothing.
     pattern : Pattern, optional
         What may be zero together; default: 8x8 blocks shared over the kernel positions.
-    score : {"l1", "l2"}
-        What ranks the units of the pattern.
+    score : {"l1", "l2", "taylor", "movement"}
+        What ranks the units of the pattern. The last two go by gradients: see `gradient_scores`.
     schedule : Schedule, optional
         When; default: a cubic ramp over the first half of the training.
     allocation : Allocation, optional
@@ -74,6 +78,13 @@ class SparsityCallback(Callback):
         Sparsity to begin with; "from_model": what each layer already has.
     interval : int
         Optimizer steps between two updates of the masks.
+    backward : {"masked", "straight_through"}
+        What dropped weights learn: nothing, or by the gradients at the masked weights.
+    decay : float
+        Straight-through only: this times its value is added to the gradient of a dropped weight.
+    update_until : float, optional
+        Straight-through only: fraction of training until which masks are built anew, at least the
+        schedule's end; default: that end.
     root : str
         Name of the network within the LightningModule; "" is the LightningModule itself. Layer
         names are relative to it.
@@ -101,29 +112,32 @@ class SparsityCallback(Callback):
         keep_channels: bool = True,
         initial: float | str = 0.0,
         interval: int = 100,
+        backward: str = "masked",
+        decay: float = 2e-4,
+        update_until: float | None = None,
         root: str = "model",
         save_dir: str | None = None,
     ) -> None:
-        if interval < 1:
-            raise ValueError(f"sparsity.interval is {interval}; it counts steps, at least 1")
         self.target = float(target)
         self.pattern = pattern or Block()
         self.score = score_named(score)
-        self.schedule = schedule or Cubic()
         self.allocation = allocation or Uniform()
         self.layers = Layers(tuple(include), tuple(dense), first_conv_dense, classifier_dense)
         self.floors = Floors(min_density, keep_channels)
         self.initial = initial
-        self.interval = interval
+        self.updates = Updates(schedule or Cubic(), interval, backward, decay, update_until)
+        if self.score.gradients and self.updates.schedule.at(0.0) > 0.0:
+            raise ValueError(
+                f"sparsity.score={score} needs gradients, and there are none before the first "
+                "step: let sparsity.schedule.start be above 0"
+            )
         self.root = root
         self.save_dir = save_dir
-        self._masked: MaskedWeights | None = None
-        self._share = 0.0  # of the ramp; it never falls
-        self._updated_at = 0  # global step
+        self._made: Ramp | None = None
         self._loaded_settings: dict[str, str] | None = None
         # What one fit needs and no checkpoint holds.
         self._total_steps = 1
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: StepHooks | None = None
         self._zeros: dict[str, int] = {}  # counted in each pruned weight
 
     @property
@@ -134,17 +148,17 @@ class SparsityCallback(Callback):
     @property
     def plan(self) -> Plan | None:
         """What happens to every layer; None before the first fit."""
-        return self._masked.plan if self._masked else None
+        return self._made.plan if self._made else None
 
     @property
     def finished(self) -> bool:
-        """Whether the masks are final: the ramp has ended, or there is nothing to prune."""
-        return self.plan is not None and (self._share >= 1.0 or not self.plan.pruned)
+        """Whether the planned sparsity is reached: the ramp is over, or nothing is to prune."""
+        return self._made is not None and self._made.finished
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """The masks now: bool on the CPU, True where kept, by parameter name."""
-        return self._masked.masks if self._masked else {}
+        return self._made.masked.masks if self._made else {}
 
     def patterns(self) -> dict[str, Pattern]:
         """Return the pattern of each pruned parameter, by its name in the network."""
@@ -167,22 +181,16 @@ class SparsityCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return plan, ramp and packed masks as tensors and plain values; empty before a fit."""
-        if self._masked is None:
+        if self._made is None:
             return {}
-        return {
-            "settings": self._settings(),
-            "plan": self._masked.plan.to_json(),
-            "share": self._share,
-            "updated_at": self._updated_at,
-            "masks": dict(self._masked.packed),
-        }
+        plan = self._made.plan.to_json()
+        return {"settings": self._settings(), "plan": plan, **self._made.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self._masked = MaskedWeights(Plan.from_json(state_dict["plan"]), state_dict["masks"])
-        self._share = state_dict["share"]
-        self._updated_at = state_dict["updated_at"]
-        self._loaded_settings = state_dict["settings"]
+        self._made = Ramp(Plan.from_json(state_dict["plan"]), self.updates, state_dict)
+        # Before there was a choice, dropped weights learnt nothing.
+        self._loaded_settings = {"backward": "masked", **state_dict["settings"]}
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -210,10 +218,11 @@ class SparsityCallback(Callback):
                 "strategy=ddp or a single device to prune"
             )
         network = self._network(pl_module)
-        if self._masked is None:
-            self._masked = MaskedWeights(self.plan_for(network))
-        self._check_settings()
-        plan = self._masked.plan
+        if self._made is None:
+            self._made = Ramp(self.plan_for(network), self.updates)
+        if self._loaded_settings is not None:
+            self._check_settings(self._loaded_settings)
+        plan = self._made.plan
         plan.weights(network)  # refuses another network than the plan's
         if trainer.is_global_zero:
             # Wide enough for every column: a log file has no width of its own.
@@ -230,76 +239,87 @@ class SparsityCallback(Callback):
                 "set trainer.max_epochs or trainer.max_steps"
             )
         self._total_steps = max(int(total), 1) if math.isfinite(total) else 1
-        self._updated_at = min(self._updated_at, trainer.global_step)  # a new trainer counts anew
+        ramp, network = self._ramp, self._network(pl_module)
+        ramp.updated_at = min(ramp.updated_at, trainer.global_step)  # a new trainer counts anew
         self._release()
-        masked, network = self._active, self._network(pl_module)
-        if not masked.packed and masked.plan.pruned:
+        if not ramp.masked.packed and ramp.plan.pruned:
             self._update(trainer, network, trainer.global_step)
-        masked.impose(network)
-        self._zeros = masked.count(network)
+        ramp.masked.impose(network)
+        self._zeros = ramp.masked.count(network)
 
-        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self._active.impose(network)
+        def before_step(optimizer: Optimizer) -> None:
+            params = [param for group in optimizer.param_groups for param in group["params"]]
+            self._ramp.before_step(network, params)
+
+        def after_step(optimizer: Optimizer) -> None:
+            self._ramp.after_step(network)
             # Lightning counts the step only after the optimizer returns.
-            if self._due(trainer.global_step + 1):
+            if self._ramp.due(trainer.global_step + 1, self._total_steps):
                 self._update(trainer, network, trainer.global_step + 1)
 
-        self._hooks = [
-            optimizer.register_step_post_hook(after_step) for optimizer in trainer.optimizers
-        ]
+        self._hooks = StepHooks(trainer.optimizers, before_step, after_step)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Put dropped weights that learn back in place, and gather gradient scores."""
+        if self._hooks:
+            self._hooks.gradients_ready(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Log the sparsity counted last."""
-        plan, zeros = self._active.plan, sum(self._zeros.values())
+        plan, zeros = self._ramp.plan, sum(self._zeros.values())
         pl_module.log("sparsity", zeros / max(plan.prunable, 1), prog_bar=True, batch_size=1)
         pl_module.log("sparsity_of_all", zeros / max(plan.parameters, 1), batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count and log the density of each layer."""
-        self._zeros = self._active.count(self._network(pl_module))
-        for layer in self._active.plan.pruned:
+        self._zeros = self._ramp.masked.count(self._network(pl_module))
+        for layer in self._ramp.plan.pruned:
             density = 1.0 - self._zeros[layer.param] / layer.size
             pl_module.log(f"density/{layer.name}", density, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that what was promised is there."""
-        masked, network = self._active, self._network(pl_module)
+        ramp, network = self._ramp, self._network(pl_module)
         # The mixed-precision scaler may have skipped the very last step.
-        if self._due(trainer.global_step):
+        if ramp.due(trainer.global_step, self._total_steps):
             self._update(trainer, network, trainer.global_step)
-        masked.impose(network)
+        ramp.masked.impose(network)
         self._release()
-        self._zeros = masked.count(network)
+        self._zeros = ramp.masked.count(network)
         if self.finished:
-            masked.check_reached(self._zeros)
+            ramp.masked.check_reached(self._zeros)
         else:
             logger.warning(
                 "training stopped at step %d of %d, before the sparsity ramp ended (schedule.end="
                 "%g): sparsity is %.4f and the target %.4f. Resume, or let the ramp end earlier",
                 trainer.global_step,
                 self._total_steps,
-                self.schedule.end,
-                sum(self._zeros.values()) / masked.plan.prunable,
-                masked.plan.sparsity,
+                self.updates.schedule.end,
+                sum(self._zeros.values()) / ramp.plan.prunable,
+                ramp.plan.sparsity,
             )
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let go of optimizers and weights."""
+        """Let go of optimizers and weights, with zeros in them wherever the step broke off."""
+        if self._hooks and self.masks:
+            self._ramp.masked.impose(self._network(pl_module))
         self._release()
 
     # -- inner workings ------------------------------------------------------------------------
 
     @property
-    def _active(self) -> MaskedWeights:
-        if self._masked is None:
+    def _ramp(self) -> Ramp:
+        if self._made is None:
             raise RuntimeError(
                 "the sparsity callback has no plan yet: it is made when a fit starts"
             )
-        return self._masked
+        return self._made
 
     def _settings(self) -> dict[str, str]:
         """Return what decides about the masks, as text, to tell when a resumed run differs."""
@@ -307,19 +327,18 @@ class SparsityCallback(Callback):
             "target": repr(self.target),
             "pattern": str(self.pattern),
             "score": self.score.name,
-            "schedule": repr(self.schedule),
             "allocation": repr(self.allocation),
             "layers": repr(self.layers),
             "floors": repr(self.floors),
             "initial": repr(self.initial),
-            "interval": repr(self.interval),
+            **self.updates.settings(),
         }
 
-    def _check_settings(self) -> None:
+    def _check_settings(self, loaded: dict[str, str]) -> None:
         """Refuse to go on with other settings than those in the checkpoint."""
-        loaded, own = self._loaded_settings, self._settings()
-        differing = [key for key in own if loaded is not None and loaded.get(key) != own[key]]
-        if loaded is not None and differing:
+        own = self._settings()
+        differing = [key for key in own if loaded.get(key) != own[key]]
+        if differing:
             listed = "; ".join(
                 f"{key}: {loaded.get(key)} in the checkpoint, {own[key]} here" for key in differing
             )
@@ -339,39 +358,28 @@ class SparsityCallback(Callback):
                 f"{children}. Set sparsity.root to one of them, or to '' for all of it"
             ) from None
 
-    def _due(self, step: int) -> bool:
-        """Say whether the masks are to be built anew once ``step`` optimizer steps are done."""
-        if self.finished:
-            return False
-        progress = step / self._total_steps
-        if step - self._updated_at < self.interval and progress < self.schedule.end:
-            return False
-        return self.schedule.at(progress) > self._share
-
     def _update(self, trainer: Trainer, network: nn.Module, step: int) -> None:
         """Build the masks anew from the weights, and impose them."""
-        share = self.schedule.at(step / self._total_steps)
+        ramp, total = self._ramp, self._total_steps
         # All ranks have the same weights, yet the ranking of one counts: they cannot differ. It
         # sends its error too, or the others would wait for masks that never come.
         built: dict[str, Tensor] | ValueError | None = None
         if trainer.is_global_zero:
             try:
-                built = self._active.build(network, share)
+                built = ramp.build(network, step, total)
             except ValueError as error:
                 built = error
         built = trainer.strategy.broadcast(built, src=0)
         if not isinstance(built, dict):
             raise built or RuntimeError("rank 0 sent no masks")
-        self._active.adopt(built)
-        self._active.impose(network)
-        self._share, self._updated_at = share, step
-        self._zeros = self._active.count(network)
+        ramp.adopt(network, built, step, total)
+        self._zeros = ramp.masked.count(network)
         if self.finished:
-            self._active.check_reached(self._zeros)
+            ramp.masked.check_reached(self._zeros)
 
     def _release(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        if self._masked is not None:
-            self._masked.forget()
+        if self._hooks:
+            self._hooks.remove()
+        self._hooks = None
+        if self._made is not None:
+            self._made.masked.forget()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blocksparse.sparsity import Cubic, Linear, OneShot
+from blocksparse.sparsity import Cubic, Linear, OneShot, Steps
 
 fractions = st.floats(0.0, 1.0)
 
@@ -41,3 +41,22 @@ def test_one_shot_does_all_at_once():
 def test_ramps_outside_the_training_are_refused(start, end):
     with pytest.raises(ValueError, match="0 <= start <= end <= 1"):
         Cubic(start, end)
+
+
+@given(fractions, fractions, st.integers(1, 12))
+def test_steps_are_equal_and_equally_far_apart(one, other, count):
+    start, end = sorted((one, other))
+    ramp = Steps(start, end, count)
+    length = end - start
+    for step in range(1, count + 1):
+        before, after = ((step - rest) / count * length + start for rest in (0.1, -0.1))
+        if length > 1e-3:
+            assert ramp.at(before) == pytest.approx((step - 1) / count)
+            assert ramp.at(after) == pytest.approx(step / count)
+    assert ramp.at(end) == 1.0
+
+
+def test_a_step_comes_on_time_whatever_the_rounding():
+    assert [Steps(0.0, 1.0, 10).at(step / 10) for step in range(11)] == [k / 10 for k in range(11)]
+    with pytest.raises(ValueError, match="at least 1"):
+        Steps(count=0)
