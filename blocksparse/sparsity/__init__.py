@@ -4,6 +4,7 @@ from blocksparse.sparsity.allocation import Allocation, Global, Targets, Uniform
 from blocksparse.sparsity.layers import Layers
 from blocksparse.sparsity.masked import MaskedWeights
 from blocksparse.sparsity.masks import layer_mask, pack_mask, plan_masks, unpack_mask
+from blocksparse.sparsity.obs import OptimalBrainSurgeon
 from blocksparse.sparsity.patterns import (
     NM,
     Block,
@@ -33,6 +34,7 @@ __all__ = [
     "Linear",
     "MaskedWeights",
     "OneShot",
+    "OptimalBrainSurgeon",
     "Pattern",
     "Plan",
     "Schedule",
