@@ -45,7 +45,6 @@ class MaskedLeastSquares:
         ridge = damping * float(moments.inner.diagonal().mean()) or 1.0
         self.hessian = moments.inner + ridge * torch.eye(len(moments.inner)).to(moments.inner)
         self.goal = dense @ moments.cross + moments.rest + ridge * dense
-        self.slope = moments.slope
 
     def solve(self, mask: Tensor) -> Tensor:
         """Return float64 [K, F], the best weights that are zero where ``mask``, bool [K, F], is."""
@@ -68,8 +67,8 @@ class MaskedLeastSquares:
         -------
         Tensor
             float64 [K, F], 0 where the mask is. For each output channel and set B of inputs, the
-            squares sum to ``slope^2 w_B^T ((H^-1)_BB)^-1 w_B``: the growth of the mean square
-            difference behind the batch norm.
+            squares sum to ``w_B^T ((H^-1)_BB)^-1 w_B``, H being the inputs' mean products with the
+            ridge: what the least mean square difference grows by.
         """
         result = torch.zeros_like(self.goal)
         for rows, kept, factor in self._factors(mask):
@@ -82,7 +81,7 @@ class MaskedLeastSquares:
                     torch.linalg.cholesky(blocks), weight[:, members].permute(1, 2, 0), upper=False
                 )
                 result[rows[:, None, None], kept[members]] = white.permute(2, 0, 1)
-        return result * self.slope.abs()[:, None]
+        return result
 
     def _factors(self, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield, for the rows that share a mask: the rows, inputs kept, Cholesky factor [S, S]."""

@@ -57,6 +57,7 @@ class OptimalBrainSurgeon:
             raise ValueError(f"calibration.damping is {self.damping}; it must be above 0")
         if self.rounds < 1:
             raise ValueError(f"calibration.rounds is {self.rounds}; at least 1 is needed")
+
     @torch.no_grad()
     def prune(
         self, network: nn.Module, plan: Plan, images: Tensor, report: Report | None = None
@@ -87,7 +88,7 @@ class OptimalBrainSurgeon:
 
         Notes
         -----
-        The images run once, twofold, so that memory is that of 2N images in evaluation. With float64
+        The images run once, twofold: the memory is that of 2N images in evaluation. With float64
         matrices [F, F], five at a time, a layer of 4608 inputs takes 0.9 GB beside that. Time goes
         into one Cholesky factorisation and inverse, F^3 operations, for each round and each set of
         output channels with a mask of its own: a block row, or a single channel with N:M.

@@ -163,6 +163,10 @@ class SparsityCallback(Callback):
             initial=self.initial,
         )
 
+    def adopt(self, masked: MaskedWeights) -> None:
+        """Take over masks that were made without training; they are final from the first step."""
+        self._masked, self._share = masked, 1.0
+
     # -- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
