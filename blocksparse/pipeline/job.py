@@ -100,10 +100,8 @@ class _Job:
         weights = sum(parameter.numel() for parameter in self.network.parameters())
         pruning = f"to {100 * cfg.sparsity.target:g} % sparsity in {_epochs(cfg.sparse.epochs)}"
         if is_set(cfg.calibration):
-            pruning = (
-                f"to {100 * cfg.sparsity.target:g} % sparsity in one shot, calibrated; then "
-                f"{_epochs(cfg.sparse.epochs)}"
-            )
+            after = f"then {_epochs(cfg.sparse.epochs)}" if cfg.sparse.epochs else "no training"
+            pruning = f"to {100 * cfg.sparsity.target:g} % sparsity in one shot, {after}"
         if is_set(cfg.distillation) and cfg.sparse.epochs > 0:
             pruning += ", with distillation"
         rows = {

@@ -27,7 +27,7 @@ from blocksparse.sparsity.masked import MaskedWeights
 from blocksparse.sparsity.masks import pack_mask, plan_masks
 from blocksparse.sparsity.plan import LayerPlan, Plan
 
-Report = Callable[[int, int, str], None]
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,20 @@ class OptimalBrainSurgeon:
 
     @torch.no_grad()
     def prune(
-        self, network: nn.Module, plan: Plan, images: Tensor, report: Report | None = None
+        self, network: nn.Module, plan: Plan, images: Tensor, progress: Progress | None = None
     ) -> MaskedWeights:
         """Prune ``network`` in place.
 
         Parameters
         ----------
         network : nn.Module
-            The dense network of ``plan``, one that `torch.fx` can trace. The weights of its pruned
-            layers change, and their biases, or the running means of the batch norms behind them.
+            The dense network of ``plan``, one that `torch.fx` can trace. What changes are the
+            weights and biases of the pruned layers, and the running statistics of batch norms.
         plan : Plan
             What happens to every layer; floors and targets hold as in training.
         images : Tensor
             float32 [N, C, H, W], normalised as the network takes them, on its device.
-        report : callable, optional
+        progress : callable, optional
             Called before each layer with the layers done, the layers in all, and its name.
 
         Returns
@@ -94,12 +94,14 @@ class OptimalBrainSurgeon:
         output channels with a mask of its own: a block row, or a single channel with N:M.
         """
         layers = {layer.name: layer for layer in plan.pruned}
+        if not layers:
+            return MaskedWeights(plan)
         zeros = self._zeros(network, plan, images)
         masks: dict[str, Tensor] = {}
 
         def visit(name: str, module: nn.Module, moments: Moments) -> None:
-            if report is not None:
-                report(len(masks), len(layers), name)
+            if progress is not None:
+                progress(len(masks), len(layers), name)
             layer = replace(layers[name], zeros=zeros[name])
             masks[name] = self._prune_layer(module, layer, plan, moments)
 
