@@ -234,10 +234,17 @@ def test_global_targets_are_met_together() -> None:
 def test_what_is_zero_already_stays_zero() -> None:
     """Even where it would help: inputs 0 and 1 now tell what all the others told before."""
     torch.manual_seed(0)
-    layer = nn.Linear(8, 8)
+    layer = nn.Linear(8, 8).requires_grad_(False)
     with torch.no_grad():
         layer.weight[:, :2] = 0.0
-    plan = resolve(layer, target=0.3, pattern=Block(2, 2), layers=ALL, initial="from_model")
+    plan = resolve(
+        layer,
+        target=0.3,
+        pattern=Block(2, 2),
+        layers=ALL,
+        floors=Floors(0.0, False),
+        initial="from_model",
+    )
     cross = torch.eye(8, dtype=torch.float64)
     cross[:, :2] = 5.0
     seen = Moments(torch.eye(8, dtype=torch.float64), cross, torch.zeros(8, 8, dtype=torch.float64))
