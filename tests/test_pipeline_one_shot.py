@@ -113,7 +113,7 @@ def test_calibration_is_checked_before_anything_is_written() -> None:
 
 @pytest.mark.slow
 def test_resnet56_without_training(tmp_path: Path) -> None:
-    """8x8 per position at 30 %: magnitude, with zeros put in and no more, has 64 % right here."""
+    """8x8 per position at 30 %: magnitude, with zeros put in and no more, has 66 % right."""
     root, weights = (
         os.environ.get("BLOCKSPARSE_CIFAR10"),
         os.environ.get("BLOCKSPARSE_CIFAR10_WEIGHTS"),
