@@ -21,6 +21,7 @@ from blocksparse.perf import describe_machine, usable_cores
 from blocksparse.pipeline import measure
 from blocksparse.pipeline.console import console, key_values, quieten, say
 from blocksparse.pipeline.folders import RunFolder
+from blocksparse.pipeline.one_shot import prune_one_shot
 from blocksparse.pipeline.setup import build, build_data, build_network, check, is_set, threads
 from blocksparse.pipeline.stages import Stage, save_weights
 from blocksparse.report import Report
@@ -98,7 +99,10 @@ class _Job:
         shape = "x".join(map(str, data.input_shape))
         weights = sum(parameter.numel() for parameter in self.network.parameters())
         pruning = f"to {100 * cfg.sparsity.target:g} % sparsity in {_epochs(cfg.sparse.epochs)}"
-        if is_set(cfg.distillation):
+        if is_set(cfg.calibration):
+            after = f"then {_epochs(cfg.sparse.epochs)}" if cfg.sparse.epochs else "no training"
+            pruning = f"to {100 * cfg.sparsity.target:g} % sparsity in one shot, {after}"
+        if is_set(cfg.distillation) and cfg.sparse.epochs > 0:
             pruning += ", with distillation"
         rows = {
             "data": f"{type(data).__name__}, {images[0]:,} + {images[1]:,} validation images, "
@@ -134,14 +138,17 @@ class _Job:
             plan = checkpoint_plan(torch.load(target, weights_only=True))
             assert plan is not None  # written below, together with the weights
             return network.eval(), plan
-        callback = self.pruning
+        callback, resume = self.pruning, self._last("sparse")
+        if is_set(self.cfg.calibration) and resume is None:
+            prune_one_shot(self.cfg, network, self.data, callback, self.folder)
         callbacks: list[pl.Callback] = [callback]
         if is_set(self.cfg.batchnorm):
             callbacks.append(build(self.cfg.batchnorm))
-        Stage(self.cfg, "sparse", self.folder).fit(
-            network, self.data, teacher=dense, callbacks=callbacks, resume=self._last("sparse")
-        )
-        assert callback.plan is not None  # settled when the fit began
+        if self.cfg.sparse.epochs > 0:
+            Stage(self.cfg, "sparse", self.folder).fit(
+                network, self.data, teacher=dense, callbacks=callbacks, resume=resume
+            )
+        assert callback.plan is not None  # settled by now
         # The masks and the plan lie where Lightning would put them, for `checkpoint_plan`.
         save_weights(network, target, callbacks={STATE_KEY: callback.state_dict()})
         return network.eval(), callback.plan

@@ -122,10 +122,10 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.threads is not None and cfg.threads < 1:
         raise ValueError(f"threads={cfg.threads}: at least 1, or null for one per core")
-    if cfg.dense.epochs < 0 or cfg.sparse.epochs < 1:
+    if cfg.dense.epochs < 0 or cfg.sparse.epochs < (0 if is_set(cfg.calibration) else 1):
         raise ValueError(
             f"dense.epochs={cfg.dense.epochs}, sparse.epochs={cfg.sparse.epochs}: dense training "
-            "takes 0 epochs or more, pruning at least 1"
+            "takes 0 epochs or more, pruning at least 1, or 0 in one shot (calibration=obs)"
         )
     if cfg.export.val_batches is not None and cfg.export.val_batches < 1:
         raise ValueError(
@@ -133,6 +133,7 @@ def check(cfg: DictConfig) -> None:
             "least 1 batch; null takes all"
         )
     # Their constructors know what may be set.
-    for node in (cfg.dense.optimizer, cfg.sparse.optimizer, cfg.distillation, cfg.batchnorm):
+    for name in ("dense.optimizer", "sparse.optimizer", "distillation", "batchnorm", "calibration"):
+        node = OmegaConf.select(cfg, name)
         if is_set(node):
             build(node)

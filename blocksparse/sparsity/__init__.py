@@ -5,6 +5,7 @@ from blocksparse.sparsity.gradient_scores import GradientScores
 from blocksparse.sparsity.layers import Layers
 from blocksparse.sparsity.masked import MaskedWeights
 from blocksparse.sparsity.masks import layer_mask, pack_mask, plan_masks, unpack_mask
+from blocksparse.sparsity.obs import OptimalBrainSurgeon
 from blocksparse.sparsity.patterns import (
     NM,
     Block,
@@ -37,6 +38,7 @@ __all__ = [
     "Linear",
     "MaskedWeights",
     "OneShot",
+    "OptimalBrainSurgeon",
     "Pattern",
     "Plan",
     "Ramp",

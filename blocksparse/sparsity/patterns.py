@@ -70,6 +70,10 @@ class Pattern(ABC):
         None if the pattern cannot empty a channel, so that there is nothing to protect.
         """
 
+    @abstractmethod
+    def together(self, shape: tuple[int, ...]) -> Tensor:
+        """Return int64 [C * T], alike for the inputs of one output that are zero together."""
+
 
 @dataclass(frozen=True)
 class Block(Pattern):
@@ -110,6 +114,13 @@ class Block(Pattern):
         """Return block rows, block columns, and 1 position if shared, else the taps."""
         outs, ins, taps = _folded(shape)
         return _ceil(outs, self.rows), _ceil(ins, self.cols), 1 if self.shared else taps
+
+    def together(self, shape: tuple[int, ...]) -> Tensor:
+        """Return int64 [C * T], the number of the block that each input lies in."""
+        _, ins, taps = _folded(shape)
+        _, _, positions = self.grid(shape)
+        cols = torch.arange(ins) // self.cols
+        return (cols[:, None] * positions + torch.arange(taps) % positions).reshape(-1)
 
     def sizes(self, shape: tuple[int, ...]) -> Tensor:
         """Return int64 [U], the real weights of each block."""
@@ -201,6 +212,11 @@ class VectorNM(Pattern):
     def grid(self, shape: tuple[int, ...]) -> None:
         """Return None: each group keeps n of its channels at every output channel."""
         return
+
+    def together(self, shape: tuple[int, ...]) -> Tensor:
+        """Return int64 [C * T], all different: a group loses each of its inputs by itself."""
+        _, ins, taps = _folded(shape)
+        return torch.arange(ins * taps)
 
     def sizes(self, shape: tuple[int, ...]) -> Tensor:
         """Return int64 [U], the weights that a group loses when it obeys."""

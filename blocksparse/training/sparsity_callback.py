@@ -177,6 +177,11 @@ class SparsityCallback(Callback):
             initial=self.initial,
         )
 
+    def adopt(self, masked: MaskedWeights) -> None:
+        """Take over masks that were made without training; they are final from the first step."""
+        state = {"share": 1.0, "masks": masked.packed}
+        self._made = Ramp(masked.plan, self.updates, state)
+
     # -- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
