@@ -98,6 +98,8 @@ class _Job:
         shape = "x".join(map(str, data.input_shape))
         weights = sum(parameter.numel() for parameter in self.network.parameters())
         pruning = f"to {100 * cfg.sparsity.target:g} % sparsity in {_epochs(cfg.sparse.epochs)}"
+        if is_set(cfg.permutation):
+            pruning += ", channels permuted before"
         if is_set(cfg.distillation):
             pruning += ", with distillation"
         rows = {
@@ -134,6 +136,8 @@ class _Job:
             plan = checkpoint_plan(torch.load(target, weights_only=True))
             assert plan is not None  # written below, together with the weights
             return network.eval(), plan
+        if is_set(self.cfg.permutation):
+            self._permute(network)  # a resumed fit puts its own weights over these, in this order
         callback = self.pruning
         callbacks: list[pl.Callback] = [callback]
         if is_set(self.cfg.batchnorm):
@@ -145,6 +149,14 @@ class _Job:
         # The masks and the plan lie where Lightning would put them, for `checkpoint_plan`.
         save_weights(network, target, callbacks={STATE_KEY: callback.state_dict()})
         return network.eval(), callback.plan
+
+    def _permute(self, network: nn.Module) -> None:
+        """Reorder the channels of the network for what will be pruned; print and save the gain."""
+        say("permuting channels")
+        plan = self.pruning.plan_for(network)
+        report = build(self.cfg.permutation)(network, plan, self.data.input_shape)
+        console.print(report.table())
+        report.save(self.folder.path)
 
     def export(self, sparse: nn.Module, plan: Plan) -> ExportReport:
         """Write the compact file, verified on the validation set."""

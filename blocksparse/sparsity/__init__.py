@@ -1,6 +1,7 @@
 """What may be zero: patterns, scores, allocation, schedules, and the masks that follow."""
 
 from blocksparse.sparsity.allocation import Allocation, Global, Targets, Uniform
+from blocksparse.sparsity.channels import Channels, Group, Place, find_channels, reorder
 from blocksparse.sparsity.layers import Layers
 from blocksparse.sparsity.masked import MaskedWeights
 from blocksparse.sparsity.masks import layer_mask, pack_mask, plan_masks, unpack_mask
@@ -13,6 +14,8 @@ from blocksparse.sparsity.patterns import (
     pattern_from_json,
     pattern_to_json,
 )
+from blocksparse.sparsity.permutation import permute
+from blocksparse.sparsity.permutation_report import KeptScore, PermutationReport
 from blocksparse.sparsity.plan import LayerPlan, Plan
 from blocksparse.sparsity.resolve import resolve
 from blocksparse.sparsity.schedule import Cubic, Linear, OneShot, Schedule
@@ -25,15 +28,20 @@ __all__ = [
     "NM",
     "Allocation",
     "Block",
+    "Channels",
     "Cubic",
     "Floors",
     "Global",
+    "Group",
+    "KeptScore",
     "LayerPlan",
     "Layers",
     "Linear",
     "MaskedWeights",
     "OneShot",
     "Pattern",
+    "PermutationReport",
+    "Place",
     "Plan",
     "Schedule",
     "Score",
@@ -44,15 +52,18 @@ __all__ = [
     "checkpoint_masks",
     "checkpoint_patterns",
     "checkpoint_plan",
+    "find_channels",
     "l1",
     "l2",
     "layer_mask",
     "pack_mask",
     "pattern_from_json",
     "pattern_to_json",
+    "permute",
     "plan_markdown",
     "plan_masks",
     "plan_table",
+    "reorder",
     "resolve",
     "save_plan",
     "unpack_mask",

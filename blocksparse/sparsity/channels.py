@@ -27,7 +27,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from blocksparse.sparsity.channel_rules import Trace
+from blocksparse.sparsity.channel_layers import LAYERS
+from blocksparse.sparsity.channel_moves import MOVES
+from blocksparse.sparsity.channel_trace import Trace
 from blocksparse.sparsity.ledger import Ledger
 
 logger = logging.getLogger(__name__)
@@ -161,7 +163,7 @@ def _follow(ledger: Ledger, network: nn.Module, input_shape: Sequence[int]) -> N
     with torch.no_grad(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         program = torch.export.export(network, (example,), strict=False)
-    Trace(ledger, program).run()
+    Trace(ledger, program, {**LAYERS, **MOVES}).run()
 
 
 def _groups(ledger: Ledger) -> Iterable[Group]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from blocksparse.sparsity.channels import Group, find_channels, reorder
 from blocksparse.sparsity.masks import plan_masks
 from blocksparse.sparsity.permutation_report import KeptScore, PermutationReport
-from blocksparse.sparsity.placement import Layer, Term
+from blocksparse.sparsity.placement import Layer, Term, best_mates
 from blocksparse.sparsity.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -86,10 +86,7 @@ def permute(
     channels = find_channels(network, input_shape)
     layers = {
         layer.param: Layer(
-            plan.score.terms(weights[layer.param])
-            .reshape(*layer.shape[:2], -1)
-            .float()
-            .numpy(),
+            plan.score.terms(weights[layer.param]).reshape(*layer.shape[:2], -1).float().numpy(),
             plan.pattern,
             int((~masks[layer.param]).sum()),
             plan.floors.keep_channels,
@@ -215,17 +212,14 @@ def exchange(terms: Sequence[Term], size: int) -> np.ndarray:
             cuts.append(term.bins)
     if not cuts:
         return order
-    same = np.any([bins[:, None] == bins for bins in cuts], axis=0)
+    stacked = np.stack(cuts)
     worth = np.zeros((size, size), dtype=np.float32)
     stale = order.copy()
     for _ in range(_MOST_ROUNDS):
         worth[stale] = 0.0
         for term in terms:
             term.add_worth(stale, worth)
-        own = worth.diagonal()
-        gain = worth + worth.T - own[:, None] - own
-        gain[same] = 0.0
-        one, other, used = _disjoint(gain, cuts)
+        one, other, used = _disjoint(*best_mates(worth, stacked), cuts)
         if not len(one):
             break
         for term in terms:
@@ -238,17 +232,15 @@ def exchange(terms: Sequence[Term], size: int) -> np.ndarray:
 
 
 def _disjoint(
-    gain: np.ndarray, cuts: Sequence[np.ndarray]
+    mates: np.ndarray, gains: np.ndarray, cuts: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Choose exchanges that share no bin, greedily; also say which places lie in their bins."""
-    partner = gain.argmax(1)
-    best = gain[np.arange(len(gain)), partner]
     taken = [np.zeros(int(bins.max()) + 1, dtype=bool) for bins in cuts]
     one, other = [], []
-    for place in np.argsort(-best, kind="stable").tolist():
-        if best[place] <= _LEAST_GAIN:
+    for place in np.argsort(-gains, kind="stable").tolist():
+        if gains[place] <= _LEAST_GAIN:
             break
-        mate = int(partner[place])
+        mate = int(mates[place])
         pairs = list(zip(taken, cuts, strict=True))
         if any(full[bins[place]] or full[bins[mate]] for full, bins in pairs):
             continue

@@ -83,9 +83,7 @@ class PermutationReport:
 
     def table(self) -> Table:
         """Return the report as a rich table."""
-        table = Table(
-            title="Channel permutation", caption=self.summary(), caption_justify="left"
-        )
+        table = Table(title="Channel permutation", caption=self.summary(), caption_justify="left")
         for number, name in enumerate(_HEADER):
             table.add_column(name, overflow="fold", justify="right" if number else "left")
         for layer in self.layers:
