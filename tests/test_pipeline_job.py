@@ -238,7 +238,7 @@ def test_permuted_run_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
     gain = json.loads((folder.path / "permutation.json").read_text())
     assert gain["after"] > gain["before"]
     assert "permutation.md, .json" in report.files
-    assert report.accuracy.torch == report.accuracy.runtime
+    assert report.accuracy.sparse == report.accuracy.runtime
     cut = RunFolder(tmp_path / "cut")
     stop = f"+callbacks.cut={{_target_:{__name__}.StopAt,stage:sparse,step:7}}"
     cfg = configuration(*permuted, stop)

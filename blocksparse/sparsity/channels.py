@@ -23,9 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from torch import nn
+from torch import Tensor, nn
 
 from blocksparse.sparsity.channel_layers import LAYERS
 from blocksparse.sparsity.channel_moves import MOVES
@@ -42,7 +40,7 @@ class Place:
     Parameters
     ----------
     name : str
-        Of the parameter or buffer, in the network's state dict.
+        Of the parameter or buffer.
     axis : int
         0 for the output channels of a weight, 1 for its input channels.
     positions : ndarray
@@ -119,7 +117,8 @@ def find_channels(network: nn.Module, input_shape: Sequence[int]) -> Channels:
         if parameters - {name for name, _ in ledger.params}:
             _follow(ledger, network.train(), input_shape)
     except Exception as error:  # torch.export raises whatever it meets
-        reason = f"torch.export could not trace the network ({type(error).__name__}: {error})"
+        first_line = str(error).strip().split("\n")[0]
+        reason = f"the network could not be traced ({type(error).__name__}: {first_line})"
         logger.warning("channels keep their order: %s", reason)
         return Channels((), {reason: ledger.count})
     return Channels(tuple(_groups(ledger)), dict(ledger.reasons))
@@ -137,7 +136,7 @@ def reorder(network: nn.Module, group: Group, order: np.ndarray) -> None:
     order : ndarray
         int64 [n], a permutation: where strand ``i`` was, strand ``order[i]`` comes.
     """
-    tensors = dict(network.state_dict(keep_vars=True))
+    tensors = _tensors(network)
     with torch.no_grad():
         for place in group.places:
             tensor = tensors[place.name]
@@ -150,11 +149,15 @@ def reorder(network: nn.Module, group: Group, order: np.ndarray) -> None:
 def _canonical_names(network: nn.Module) -> dict[str, str]:
     """Map every name of a parameter or buffer to the first name of the same tensor."""
     first: dict[int, str] = {}
-    names = [
-        *network.named_parameters(remove_duplicate=False),
-        *network.named_buffers(remove_duplicate=False),
-    ]
-    return {name: first.setdefault(id(tensor), name) for name, tensor in names}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in _tensors(network).items()}
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers under all their names."""
+    return {
+        **dict(network.named_parameters(remove_duplicate=False)),
+        **dict(network.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _follow(ledger: Ledger, network: nn.Module, input_shape: Sequence[int]) -> None:
@@ -169,10 +172,8 @@ def _follow(ledger: Ledger, network: nn.Module, input_shape: Sequence[int]) -> N
 def _groups(ledger: Ledger) -> Iterable[Group]:
     """Yield the groups, by the first place of their strands."""
     labels = ledger.labels
-    tied, to = ledger.ties
-    size = len(labels)
-    graph = coo_array((np.ones(len(tied), dtype=bool), (tied, to)), shape=(size, size))
-    count, strand = connected_components(graph, directed=False)
+    found, strand = np.unique(_components(len(labels), *ledger.ties), return_inverse=True)
+    count = len(found)
     fixed = np.zeros(count, dtype=bool)
     fixed[strand[ledger.fixed]] = True
     order = np.lexsort((labels, strand))
@@ -195,8 +196,23 @@ def _groups(ledger: Ledger) -> Iterable[Group]:
             continue
         # In the order of the network, so that results do not depend on how ids are dealt.
         order = np.argsort(position[columns[0]], kind="stable")
-        found: dict[int, list[np.ndarray]] = {}
+        lies: dict[int, list[np.ndarray]] = {}
         for column in columns:
-            found.setdefault(int(which[column[0]]), []).append(position[column[order]])
-        places = (Place(*keys[key], np.stack(found[key], 1)) for key in sorted(found))
+            lies.setdefault(int(which[column[0]]), []).append(position[column[order]])
+        places = (Place(*keys[key], np.stack(lies[key], 1)) for key in sorted(lies))
         yield Group(len(strands), tuple(places))
+
+
+def _components(size: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return for each of ``size`` ids the lowest that it is connected with through the ties."""
+    root = np.arange(size)
+    while True:
+        low = np.minimum(root[one], root[other])
+        lower = root.copy()
+        np.minimum.at(lower, root[one], low)
+        np.minimum.at(lower, root[other], low)
+        while not np.array_equal(lower[lower], lower):
+            lower = lower[lower]
+        if np.array_equal(lower, root):
+            return root
+        root = lower

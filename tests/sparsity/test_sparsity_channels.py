@@ -108,7 +108,7 @@ def test_flatten_moves_all_pixels_of_a_channel():
 
 
 class Forked(nn.Module):
-    """Concatenates two branches of which one is the sum of both; reads a slice; splits and joins."""
+    """Concatenates two branches, one of them a sum of both, and a slice; multiplies halves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,6 +192,10 @@ def test_what_is_not_followed_stays_and_says_so():
     assert any("sort" in reason for reason in channels.fixed)
 
 
+def test_a_network_without_channels_has_none():
+    assert find_channels(nn.ReLU(), (3, 4, 4)) == Channels((), {})
+
+
 def test_a_network_that_cannot_be_traced_stays():
     class Branching(nn.Module):
         def __init__(self) -> None:
@@ -204,7 +208,7 @@ def test_a_network_that_cannot_be_traced_stays():
 
     channels = find_channels(Branching(), (3, 4, 4))
     assert channels.groups == ()
-    assert "could not trace" in next(iter(channels.fixed))
+    assert "could not be traced" in next(iter(channels.fixed))
 
 
 def test_the_network_itself_and_the_random_state_stay():
