@@ -219,7 +219,8 @@ def exchange(terms: Sequence[Term], size: int) -> np.ndarray:
         worth[stale] = 0.0
         for term in terms:
             term.add_worth(stale, worth)
-        one, other, used = _disjoint(*best_mates(worth, stacked), cuts)
+        mates, gains = best_mates(worth, stacked)
+        one, other, used = _disjoint(mates, gains, cuts)
         if not len(one):
             break
         for term in terms:
