@@ -39,7 +39,7 @@ THEIRS: dict[str, set[str]] = {
     "runtime": {"numpy", "numba", "llvmlite"},
     "perf": {"numpy", "numba", "llvmlite"},
     "cli": {"numpy", "numba", "rich", "PIL"},
-    "sparsity": {"numpy", "torch", "rich"},
+    "sparsity": {"numpy", "numba", "torch", "rich"},
     "training": TRAINING,
     "export": {"numpy", "torch"},
     "report": {"rich"},

@@ -231,6 +231,27 @@ def test_given_weights_replace_the_dense_training(
 
 
 @pytest.mark.slow
+def test_permuted_run_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
+    permuted = ["permutation=greedy", "dense.epochs=1"]
+    folder = RunFolder(tmp_path / "whole")
+    report = run(configuration(*permuted), folder)
+    gain = json.loads((folder.path / "permutation.json").read_text())
+    assert gain["after"] > gain["before"]
+    assert "permutation.md, .json" in report.files
+    assert report.accuracy.sparse == report.accuracy.runtime
+    cut = RunFolder(tmp_path / "cut")
+    stop = f"+callbacks.cut={{_target_:{__name__}.StopAt,stage:sparse,step:7}}"
+    cfg = configuration(*permuted, stop)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(cfg, cut)
+    cfg.callbacks.cut = None
+    run(cfg, cut)
+    for name in ("dense", "sparse"):
+        for key, value in weights(cut, name).items():
+            assert torch.equal(value, weights(folder, name)[key]), (name, key)
+
+
+@pytest.mark.slow
 def test_default_job_reaches_its_accuracy(tmp_path: Path) -> None:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("train")

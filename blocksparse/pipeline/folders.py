@@ -66,11 +66,14 @@ class RunFolder:
 
     def contents(self) -> dict[str, str]:
         """Return what a finished run leaves: path relative to the folder -> a few words on it."""
+        permuted = (self.path / "permutation.json").exists()
+        order = {"permutation.md, .json": "what each layer gained by the order of its channels"}
         return {
             self.model.name: "the network, for blocksparse.load",
             "report.md, report.json": "the table above",
             "config.yaml": "the whole configuration",
             "sparsity_plan.md, .json": "what was pruned, layer by layer",
+            **(order if permuted else {}),
             "checkpoints/": "dense and sparse weights; states to resume from",
             "logs/": "metrics.csv, and for tensorboard --logdir runs",
             "run.log": "everything that was logged",

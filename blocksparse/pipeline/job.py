@@ -102,6 +102,8 @@ class _Job:
         if is_set(cfg.calibration):
             after = f"then {_epochs(cfg.sparse.epochs)}" if cfg.sparse.epochs else "no training"
             pruning = f"to {100 * cfg.sparsity.target:g} % sparsity in one shot, {after}"
+        if is_set(cfg.permutation):
+            pruning += ", channels permuted before"
         if is_set(cfg.distillation) and cfg.sparse.epochs > 0:
             pruning += ", with distillation"
         rows = {
@@ -138,6 +140,8 @@ class _Job:
             plan = checkpoint_plan(torch.load(target, weights_only=True))
             assert plan is not None  # written below, together with the weights
             return network.eval(), plan
+        if is_set(self.cfg.permutation):
+            self._permute(network)  # a resumed fit puts its own weights over these, in this order
         callback, resume = self.pruning, self._last("sparse")
         if is_set(self.cfg.calibration) and resume is None:
             prune_one_shot(self.cfg, network, self.data, callback, self.folder)
@@ -152,6 +156,14 @@ class _Job:
         # The masks and the plan lie where Lightning would put them, for `checkpoint_plan`.
         save_weights(network, target, callbacks={STATE_KEY: callback.state_dict()})
         return network.eval(), callback.plan
+
+    def _permute(self, network: nn.Module) -> None:
+        """Reorder the channels of the network for what will be pruned; print and save the gain."""
+        say("permuting channels")
+        plan = self.pruning.plan_for(network)
+        report = build(self.cfg.permutation)(network, plan, self.data.input_shape)
+        console.print(report.table())
+        report.save(self.folder.path)
 
     def export(self, sparse: nn.Module, plan: Plan) -> ExportReport:
         """Write the compact file, verified on the validation set."""

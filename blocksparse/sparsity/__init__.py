@@ -1,6 +1,7 @@
 """What may be zero: patterns, scores, allocation, schedules, and the masks that follow."""
 
 from blocksparse.sparsity.allocation import Allocation, Global, Targets, Uniform
+from blocksparse.sparsity.channels import Channels, Group, Place, find_channels, reorder
 from blocksparse.sparsity.gradient_scores import GradientScores
 from blocksparse.sparsity.layers import Layers
 from blocksparse.sparsity.masked import MaskedWeights
@@ -15,6 +16,8 @@ from blocksparse.sparsity.patterns import (
     pattern_from_json,
     pattern_to_json,
 )
+from blocksparse.sparsity.permutation import permute
+from blocksparse.sparsity.permutation_report import KeptScore, PermutationReport
 from blocksparse.sparsity.plan import LayerPlan, Plan
 from blocksparse.sparsity.ramp import Ramp, Updates
 from blocksparse.sparsity.resolve import resolve
@@ -29,10 +32,13 @@ __all__ = [
     "NM",
     "Allocation",
     "Block",
+    "Channels",
     "Cubic",
     "Floors",
     "Global",
     "GradientScores",
+    "Group",
+    "KeptScore",
     "LayerPlan",
     "Layers",
     "Linear",
@@ -40,6 +46,8 @@ __all__ = [
     "OneShot",
     "OptimalBrainSurgeon",
     "Pattern",
+    "PermutationReport",
+    "Place",
     "Plan",
     "Ramp",
     "Schedule",
@@ -54,6 +62,7 @@ __all__ = [
     "checkpoint_masks",
     "checkpoint_patterns",
     "checkpoint_plan",
+    "find_channels",
     "l1",
     "l2",
     "layer_mask",
@@ -61,9 +70,11 @@ __all__ = [
     "pack_mask",
     "pattern_from_json",
     "pattern_to_json",
+    "permute",
     "plan_markdown",
     "plan_masks",
     "plan_table",
+    "reorder",
     "resolve",
     "save_plan",
     "taylor",
