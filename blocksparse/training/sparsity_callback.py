@@ -19,6 +19,7 @@ from blocksparse.sparsity import (
     Cubic,
     Floors,
     Layers,
+    MaskedWeights,
     Pattern,
     Plan,
     Ramp,
