@@ -1,6 +1,7 @@
 """What may be zero: patterns, scores, allocation, schedules, and the masks that follow."""
 
-from blocksparse.sparsity.allocation import Allocation, Global, Targets, Uniform
+from blocksparse.sparsity.allocation import ERK, Allocation, Global, Targets, Uniform
+from blocksparse.sparsity.allocation_file import FileAllocation
 from blocksparse.sparsity.layers import Layers
 from blocksparse.sparsity.masked import MaskedWeights
 from blocksparse.sparsity.masks import layer_mask, pack_mask, plan_masks, unpack_mask
@@ -22,10 +23,12 @@ from blocksparse.sparsity.state import checkpoint_masks, checkpoint_patterns, ch
 from blocksparse.sparsity.table import plan_markdown, plan_table, save_plan
 
 __all__ = [
+    "ERK",
     "NM",
     "Allocation",
     "Block",
     "Cubic",
+    "FileAllocation",
     "Floors",
     "Global",
     "LayerPlan",

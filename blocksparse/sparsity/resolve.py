@@ -82,11 +82,13 @@ def resolve(
     found = find_layers(network, layers or Layers())
     found = [_with_room(layer, pattern, floors) for layer in found]
     allocation.check(found)
+    target = allocation.overall(target)
     candidates = [
         Candidate(
             layer.name,
             int(pattern.sizes(layer.shape).sum()),
             most_zeros(pattern, layer.shape, floors),
+            layer.shape,
         )
         for layer in found
         if not layer.reason
