@@ -99,20 +99,22 @@ def run(cfg: DictConfig, folder: RunFolder) -> float:
     """
     quieten()
     check(cfg)
+    _check_limits(cfg.task)
     with threads(cfg.threads):
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         subject = prepare(cfg, folder)
         rows = scanned(cfg, subject, folder)
         job = _Job(cfg, subject, Choices.of(subject.network, subject.plan, cfg.task.levels, rows))
         chosen, solution = job.choose()
+        path = folder.path / "allocation.yaml"
+        job.save_choice(path, chosen, solution)
+        console.print(job.layers_table(chosen))
+        key_values("Chosen", job.facts(solution).items())
         lines = job.compare(chosen)
-    console.print(job.layers_table(chosen))
     console.print(_table(lines))
-    job.save(folder.path, chosen, solution, lines)
-    key_values("Chosen", job.facts(solution).items())
-    path = folder.path / "allocation.yaml"
+    job.save_comparison(folder.path / "allocation.json", solution, lines)
     written = {
-        "allocation.yaml": "train with: sparsity/allocation=file "
+        path.name: "train with: sparsity/allocation=file "
         f"sparsity.allocation.path={RunFolder(path)}",
         "allocation.json": "the tables above, and the machine",
         "layer_times.csv": "milliseconds per layer and sparsity",
@@ -152,9 +154,7 @@ class _Job:
             If nothing keeps within the budget and the least sparsity; says what would.
         """
         task = self.cfg.task
-        limits = [
-            CostLimit("milliseconds", self.times.constant_ms, self.times.layer, self.budget)
-        ]
+        limits = [CostLimit("milliseconds", self.times.constant_ms, self.times.layer, self.budget)]
         if task.min_sparsity is not None:
             limits.append(at_least(task.min_sparsity, self.plan))
         if task.min_flops_cut is not None:
@@ -193,7 +193,8 @@ class _Job:
             for name, each in found.items()
         }
         say("timing each")
-        timings = timed_together({n: trial.model for n, trial in trials.items()}, **self.timing)
+        models = {name: trial.model for name, trial in trials.items()}
+        timings = timed_together(models, **self.timing)
         return {name: self._line(found[name], trials[name], timings[name]) for name in found}
 
     def facts(self, solution: Solution) -> dict[str, str]:
@@ -227,29 +228,24 @@ class _Job:
             )
         return table
 
-    def save(
-        self,
-        folder: Path,
-        chosen: Mapping[str, float],
-        solution: Solution,
-        lines: Mapping[str, Line],
-    ) -> None:
-        """Write the allocation, the comparison and the times."""
-        facts = self.facts(solution)
-        save_allocation(
-            folder / "allocation.yaml", self.plan, chosen, {"network": self.cfg.model.name, **facts}
-        )
+    def save_choice(self, path: Path, chosen: Mapping[str, float], solution: Solution) -> None:
+        """Write the allocation, and the times it rests on beside it."""
+        facts = {"network": self.cfg.model.name, **self.facts(solution)}
+        save_allocation(path, self.plan, chosen, facts)
+        write_whole(path.with_name("layer_times.csv"), self.times.to_csv())
+
+    def save_comparison(self, path: Path, solution: Solution, lines: Mapping[str, Line]) -> None:
+        """Write what was asked for, found and compared, as JSON."""
         content = {
-            "chosen": facts,
+            **self.facts(solution),
             "budget_ms": self.budget,
-            "predicted_loss": solution.loss,
-            "bound": solution.bound,
             "constant_ms": self.times.constant_ms,
             "time_errors": list(self.times.errors),
+            "predicted_loss": solution.loss,
+            "bound": solution.bound,
             "compared": {name: asdict(line) for name, line in lines.items()},
         }
-        write_whole(folder / "allocation.json", json.dumps(content, indent=2) + "\n")
-        write_whole(folder / "layer_times.csv", self.times.to_csv())
+        write_whole(path, json.dumps(content, indent=2) + "\n")
 
     def _time_layers(self) -> LayerTimes:
         with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
@@ -267,17 +263,10 @@ class _Job:
     def _budget(self) -> tuple[float, str]:
         """Return the milliseconds there are, and in words where they are from."""
         task = self.cfg.task
-        if task.milliseconds is not None and task.speedup is not None:
-            raise ValueError(
-                f"task.milliseconds={task.milliseconds} and task.speedup={task.speedup} both set "
-                "the budget: give one of them"
-            )
         if task.milliseconds is not None:
             return float(task.milliseconds), "as given"
         dense = self.times.network(dict.fromkeys(self.flops, 0.0))
         if task.speedup is not None:
-            if task.speedup <= 0:
-                raise ValueError(f"task.speedup={task.speedup}: must be above 0, such as 2")
             return dense / task.speedup, f"{task.speedup:g}x as fast as dense, {dense:.4g} ms"
         target = self.plan.target
         network, plan = self.subject.network, self.plan
@@ -301,6 +290,21 @@ class _Job:
         )
 
 
+def _check_limits(task: DictConfig) -> None:
+    """Refuse limits that no network could keep, before anything is done."""
+    if task.milliseconds is not None and task.speedup is not None:
+        raise ValueError(
+            f"task.milliseconds={task.milliseconds} and task.speedup={task.speedup} both set the "
+            "budget: give one of them"
+        )
+    for key in ("milliseconds", "speedup"):
+        if task[key] is not None and task[key] <= 0:
+            raise ValueError(f"task.{key}={task[key]}: must be above 0, such as 2")
+    for key in ("min_sparsity", "min_flops_cut"):
+        if task[key] is not None and not 0 <= task[key] <= 1:
+            raise ValueError(f"task.{key}={task[key]}: is a share in 0..1, such as 0.5")
+
+
 def _table(lines: Mapping[str, Line]) -> Table:
     table = Table(
         title="At equal milliseconds, all layers pruned at once, no training, on training images",
@@ -311,9 +315,10 @@ def _table(lines: Mapping[str, Line]) -> Table:
     for title in (
         "sparsity",
         "multiply-adds left",
-        "predicted, ms",
-        "measured, ms (quartiles)",
-        "predicted loss added",
+        "ms, predicted",
+        "ms, measured",
+        "quartiles",
+        "loss added, predicted",
         "loss",
         "accuracy",
     ):
@@ -323,8 +328,9 @@ def _table(lines: Mapping[str, Line]) -> Table:
             name,
             f"{100 * line.sparsity:.1f} %",
             f"{100 * line.flops:.1f} %",
-            f"{line.predicted_ms:.4f}",
-            f"{line.measured_ms:.4f} ({line.q1_ms:.4f} to {line.q3_ms:.4f})",
+            f"{line.predicted_ms:.3f}",
+            f"{line.measured_ms:.3f}",
+            f"{line.q1_ms:.3f} to {line.q3_ms:.3f}",
             f"{line.predicted_loss:.3f}",
             f"{line.loss:.3f}",
             f"{100 * line.accuracy:.1f} %",

@@ -16,7 +16,15 @@ from blocksparse.sparsity.curves import Curve, loss_curves
 from blocksparse.sparsity.knapsack import Limit, Solution, solve
 from blocksparse.sparsity.sensitivity import DENSE, Row, candidates, points
 
-__all__ = ["Choices", "counted_sparsities", "matched", "save_allocation"]
+__all__ = [
+    "Choices",
+    "CostLimit",
+    "at_least",
+    "counted_sparsities",
+    "matched",
+    "save_allocation",
+    "with_zeros",
+]
 
 STEPS = 24  # of a bisection: targets to a ten-millionth
 
@@ -40,7 +48,9 @@ class Choices:
     curves: Mapping[str, Curve]
 
     @classmethod
-    def of(cls, network: nn.Module, plan: Plan, levels: Sequence[float], rows: list[Row]) -> Choices:
+    def of(
+        cls, network: nn.Module, plan: Plan, levels: Sequence[float], rows: Sequence[Row]
+    ) -> Choices:
         """Return the choices that a finished scan at ``levels`` gives.
 
         Of N:M, only that all groups obey: a file stores a weight of which only some do as dense.

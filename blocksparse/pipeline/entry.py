@@ -54,7 +54,8 @@ def run_job(cfg: DictConfig) -> float:
     Returns
     -------
     float
-        Validation accuracy of the exported file, 0..1: what a sweeper maximises.
+        Validation accuracy of the exported file, 0..1: what a sweeper maximises. Of other tasks
+        than training, see `scan_job.run` and `allocate_job.run`.
     """
     hydra = HydraConfig.get()
     folder = RunFolder(Path(hydra.runtime.output_dir))

@@ -13,7 +13,8 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from blocksparse.pipeline.console import console, key_values, quieten
+from blocksparse.pipeline.choices import Choices, at_least, save_allocation
+from blocksparse.pipeline.console import console, key_values, quieten, say
 from blocksparse.pipeline.evaluation import CalibrationLoss
 from blocksparse.pipeline.folders import RunFolder
 from blocksparse.pipeline.progress import Steps
@@ -21,6 +22,7 @@ from blocksparse.pipeline.scan_files import ScanFiles, fingerprint
 from blocksparse.pipeline.scan_plot import save_plot
 from blocksparse.pipeline.setup import build, build_data, build_network, check, threads
 from blocksparse.sparsity import Plan, pattern_to_json
+from blocksparse.sparsity.knapsack import Infeasible
 from blocksparse.sparsity.sensitivity import Row, points, scan
 from blocksparse.training import ImageData
 
@@ -79,14 +81,25 @@ def run(cfg: DictConfig, folder: RunFolder) -> float:
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         subject = prepare(cfg, folder)
         rows = scanned(cfg, subject, folder)
-    picture = folder.path / "sensitivity.png"
-    save_plot(rows, str(subject.plan.pattern), cfg.name, picture)
-    console.print(summary(rows))
+        chosen = _choose(cfg, subject, rows)
+    save_plot(rows, str(subject.plan.pattern), cfg.name, folder.path / "sensitivity.png")
+    console.print(_table(rows, chosen))
     written = {
         "sensitivity.csv": "loss and accuracy per layer and sparsity",
         "sensitivity.json": "what was evaluated, and how",
         "sensitivity.png": "the same as a picture",
     }
+    if chosen:
+        path = folder.path / "allocation.yaml"
+        facts = {
+            "network": cfg.model.name,
+            "chosen for": f"the least predicted loss at {subject.plan.target:g} sparsity in all",
+        }
+        save_allocation(path, subject.plan, chosen, facts)
+        written[path.name] = (
+            "the choices in the last column; train with sparsity/allocation=file "
+            f"sparsity.allocation.path={RunFolder(path)}"
+        )
     key_values(f"Written to {folder}", written.items())
     return rows[0].accuracy
 
@@ -158,14 +171,27 @@ def scanned(cfg: DictConfig, subject: Subject, folder: RunFolder) -> list[Row]:
     return rows
 
 
-def summary(rows: list[Row]) -> Table:
-    """Return the scan as a table: one row per layer, accuracy lost at each level in points."""
+def _choose(cfg: DictConfig, subject: Subject, rows: list[Row]) -> dict[str, float] | None:
+    """Return the sparsities that add the least loss at ``sparsity.target`` in all, if any do."""
+    choices = Choices.of(subject.network, subject.plan, list(cfg.task.levels), rows)
+    try:
+        return choices.cheapest([at_least(subject.plan.target, subject.plan)])[0]
+    except Infeasible as error:
+        say(
+            f"no allocation is written: task.levels={list(cfg.task.levels)} do not come to "
+            f"sparsity.target={subject.plan.target:g} in all; add higher ones ({error})"
+        )
+        return None
+
+
+def _table(rows: list[Row], chosen: dict[str, float] | None) -> Table:
+    """Return the scan as a table: the loss each layer adds at each level, and what was chosen."""
     dense = rows[0]
     layers: dict[str, list[Row]] = {}
     for row in rows[1:]:
         layers.setdefault(row.layer, []).append(row)
     table = Table(
-        title=f"Loss when one layer alone is pruned; dense: {dense.loss:.4f} nats, accuracy "
+        title=f"One layer pruned at a time; dense: loss {dense.loss:.4f} nats, accuracy "
         f"{dense.accuracy:.2%}",
         title_justify="left",
         box=box.HORIZONTALS,
@@ -173,9 +199,12 @@ def summary(rows: list[Row]) -> Table:
     table.add_column("layer", no_wrap=True)
     table.add_column("weights", justify="right")
     table.add_column("sparsity: loss added, nats", overflow="fold")
+    if chosen:
+        table.add_column("chosen", justify="right")
     for name, found in layers.items():
         cells = [f"{100 * row.sparsity:.0f} %: {row.loss - dense.loss:+.3f}" for row in found]
-        table.add_row(name or "(the network itself)", f"{found[0].weights:,}", "  ".join(cells))
+        line = [name or "(the network itself)", f"{found[0].weights:,}", "  ".join(cells)]
+        table.add_row(*line, *([f"{100 * chosen[name]:.0f} %"] if chosen else []))
     return table
 
 
@@ -200,5 +229,3 @@ def _later(known: list[Row], rows: list[Row]) -> list[Row]:
     """Return the known rows that are not among ``rows`` yet: they stay in the file."""
     there = {row.key for row in rows}
     return [row for row in known if row.key not in there]
-
-

@@ -97,8 +97,8 @@ class FileAllocation(Allocation):
             more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
             raise ValueError(
                 f"{self.path}: made for another network, or for other layers of it: "
-                f"{'; '.join(wrong[:6])}{more}. Use the network, sparsity and sparsity.dense it was "
-                "made with, or make one for this network with task=allocate"
+                f"{'; '.join(wrong[:6])}{more}. Use the network, sparsity and sparsity.dense it "
+                "was made with, or make one for this network with task=allocate"
             )
 
     def zeros(self, layers: Sequence[Candidate], target: float, limit: float) -> list[int | None]:

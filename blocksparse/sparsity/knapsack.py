@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -133,14 +134,12 @@ def solve(
     )
     if result.x is None:
         sums = "; ".join(
-            f"{limit.name}: at most {limit.most:g}, alone it could be {sum(map(min, limit.costs)):g}"
+            f"{limit.name}: at most {limit.most:g}, alone {sum(map(min, limit.costs)):g} could be"
             for limit in limits
         )
         raise Infeasible(f"no choice keeps within all limits together ({sums}): {result.message}")
     ends = np.cumsum([0, *sizes])
-    chosen = tuple(
-        int(np.argmax(result.x[a:b])) for a, b in zip(ends[:-1], ends[1:], strict=True)
-    )
+    chosen = tuple(int(np.argmax(result.x[a:b])) for a, b in pairwise(ends))
     loss = float(sum(group[index] for group, index in zip(losses, chosen, strict=True)))
     return Solution(chosen, loss, min(float(result.mip_dual_bound) * scale, loss))
 
