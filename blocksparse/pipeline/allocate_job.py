@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 import lightning.pytorch as pl
 import torch
@@ -204,8 +205,8 @@ class _Job:
             "budget": f"{self.budget:.4g} ms per image, {self.origin}",
             "predicted loss": f"{solution.loss:.4f} nats added, and no choice has less than "
             f"{solution.bound:.4f}",
-            "times": f"layers, plus {self.times.constant_ms:.4g} ms for the rest; off by at most "
-            f"{max(errors):.1%} for {len(errors)} networks timed whole",
+            "times": f"layers, plus {self.times.constant_ms:.4g} ms for the rest; off by "
+            f"{median(errors):.1%} (median) for {len(errors)} networks timed whole",
             "threads": str(self.times.threads),
             "machine": str(describe_machine()),
         }

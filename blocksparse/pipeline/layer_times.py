@@ -28,10 +28,11 @@ class LayerTimes:
     sparse_ms
         The same by sparsity, stored sparse.
     constant_ms
-        What the rest of a call takes: median, over the networks timed whole, of what their layers
-        do not account for.
+        What all other nodes of the dense network take: first convolution, classifier, pools.
     errors
-        For each network timed whole, dense first: predicted over measured time, less 1.
+        For each network timed whole, dense first: predicted over measured time, less 1. What is
+        between the nodes is not predicted, and on a busy machine whole networks wait for a core
+        more often than a node does.
     dense_network_ms
         The dense network, timed whole.
     threads
@@ -100,14 +101,18 @@ def measure_times(
     RuntimeError
         If the compiled engine cannot run here.
     """
-    pruned = [layer.name for layer in plan.pruned]
-    missing = [name for name in pruned if name not in dense.weights]
+    shapes = {layer.name: layer.shape for layer in plan.pruned}
+    missing = [
+        name
+        for name, shape in shapes.items()
+        if name not in dense.weights or dense.weights[name].shape != shape
+    ]
     if missing:
         raise ValueError(
             f"{', '.join(missing)}: not in the exported network under this name, so its time is "
             "not known. It is used more than once, or not at all; leave it dense (sparsity.dense)"
         )
-    others = [name for name in dense.weights if name not in pruned]
+    others = [name for name in dense.weights if name not in shapes]
     found = what_if(
         dense,
         [level for level in levels if level < 1],
@@ -131,7 +136,8 @@ def measure_times(
     sums = [sum(dense_ms.values())]
     sums += [sum(layer.ms_at(level.sparsity) for layer in found.layers) for level in found.levels]
     whole = [figures.timing.median_ms for figures in (found.dense, *found.levels)]
-    constant = float(np.median(np.subtract(whole, sums)))
+    slowest = max(found.layers, key=lambda layer: layer.dense_ms)
+    constant = slowest.dense_ms / slowest.dense_share - sums[0]
     errors = (constant + np.array(sums)) / np.array(whole) - 1
     return LayerTimes(
         dense_ms, sparse_ms, constant, tuple(errors.tolist()), whole[0], found.threads

@@ -120,6 +120,11 @@ def prepare(cfg: DictConfig, folder: RunFolder) -> Subject:
     data = build_data(cfg)
     network = build_network(cfg, data).eval()
     plan: Plan = build(cfg.sparsity).plan_for(network)
+    if not plan.pruned:
+        raise ValueError(
+            f"sparsity.target={cfg.sparsity.target:g} leaves every layer dense, so there is "
+            "nothing to scan: set it above 0"
+        )
     evaluate = CalibrationLoss(
         data, cfg.task.images, cfg.task.batchnorm_batches, channels_last=cfg.channels_last
     )

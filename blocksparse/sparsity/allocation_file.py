@@ -62,7 +62,7 @@ class FileAllocation(Allocation):
         If there is no such file, or it is no allocation.
     """
 
-    path: str
+    path: str = field(repr=False)  # a run that goes on may find the file elsewhere
     layers: Mapping[str, StoredLayer] = field(init=False)
 
     def __post_init__(self) -> None:
