@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -299,3 +302,57 @@ def test_budgets_that_cannot_be_kept_say_so(
     with pytest.raises(ValueError, match=message):
         allocate_job.run(cfg, RunFolder(tmp_path))
     assert not (tmp_path / "allocation.yaml").exists()
+
+
+def typed(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(CONFIGS.parent / "train.py"), *overrides],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_tasks_can_be_typed(weights: Path, tmp_path: Path) -> None:
+    done = typed("task=sensitivity", *SMALL, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.startswith("error: task=sensitivity looks at a trained network")
+    assert not list(tmp_path.iterdir())
+    common = [*SMALL, *TASK, f"model.weights={weights}"]
+    done = typed("task=sensitivity", "hydra.run.dir=runs/a/scan", *common, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "Written to runs/a/scan" in done.stdout
+    assert not done.stderr
+    csv_file = tmp_path / "runs/a/scan/sensitivity.csv"
+    whole = csv_file.read_text()
+    csv_file.write_text("".join(whole.splitlines(keepends=True)[:4]))
+    done = typed("resume=runs/a/scan", cwd=tmp_path)
+    assert "scanning: 3 of" in done.stdout
+    assert csv_file.read_text() == whole
+    done = typed(
+        "task=allocate",
+        "task.scan=runs/a/scan",
+        "hydra.run.dir=runs/a/b",
+        *common,
+        *QUICK,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout
+    compared = json.loads((tmp_path / "runs/a/b/allocation.json").read_text())["compared"]
+    assert {"dense", "latency-aware", "uniform", "global magnitude", "ERK"} == set(compared)
+    done = typed(
+        "experiment=smoke",
+        "sparsity/allocation=file",
+        f"model.weights={weights}",
+        *SMALL,
+        "sparsity.allocation.path=runs/a/b/allocation.yaml",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout
+    (report,) = tmp_path.glob("runs/smoke/*/report.json")
+    sparsity = json.loads(report.read_text())["sparsity"]
+    assert sparsity["target"] == pytest.approx(compared["latency-aware"]["sparsity"])
+    assert sparsity["reached"] == pytest.approx(sparsity["target"])

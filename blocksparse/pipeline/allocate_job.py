@@ -57,9 +57,9 @@ class Line:
         Of the prunable weights, 0..1.
     flops
         Share of the network's multiply-adds that is left, 0..1.
-    predicted_ms, measured_ms, q1_ms, q3_ms
-        Of one call with one image: the sum over layers, and the whole network's median and
-        quartiles.
+    predicted_ms, measured_ms, q1_ms, q3_ms, best_ms
+        Of one call with one image: the sum over layers, and the whole network's median, quartiles
+        and fastest call.
     predicted_loss
         Nats that the layers add one by one, summed.
     loss, accuracy
@@ -72,6 +72,7 @@ class Line:
     measured_ms: float
     q1_ms: float
     q3_ms: float
+    best_ms: float
     predicted_loss: float
     loss: float
     accuracy: float
@@ -285,6 +286,7 @@ class _Job:
             measured_ms=timing.median_ms,
             q1_ms=timing.q1_ms,
             q3_ms=timing.q3_ms,
+            best_ms=timing.best_ms,
             predicted_loss=self.choices.loss(sparsities),
             loss=trial.loss,
             accuracy=trial.accuracy,
@@ -319,6 +321,7 @@ def _table(lines: Mapping[str, Line]) -> Table:
         "ms, predicted",
         "ms, measured",
         "quartiles",
+        "fastest",
         "loss added, predicted",
         "loss",
         "accuracy",
@@ -332,6 +335,7 @@ def _table(lines: Mapping[str, Line]) -> Table:
             f"{line.predicted_ms:.3f}",
             f"{line.measured_ms:.3f}",
             f"{line.q1_ms:.3f} to {line.q3_ms:.3f}",
+            f"{line.best_ms:.3f}",
             f"{line.predicted_loss:.3f}",
             f"{line.loss:.3f}",
             f"{100 * line.accuracy:.1f} %",

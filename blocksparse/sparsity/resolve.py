@@ -16,7 +16,7 @@ from blocksparse.sparsity.allocation import (
 )
 from blocksparse.sparsity.layers import FoundLayer, Layers, find_layers
 from blocksparse.sparsity.patterns import Block, Pattern
-from blocksparse.sparsity.plan import LayerPlan, Plan
+from blocksparse.sparsity.plan import TARGET_ZERO, LayerPlan, Plan
 from blocksparse.sparsity.scores import Score, l2
 from blocksparse.sparsity.selection import Floors, most_zeros, protect
 
@@ -154,7 +154,7 @@ def _row(
     reason = ""
     if goal is not None:
         if goal == 0:
-            return replace(row, reason="target 0")
+            return replace(row, reason=TARGET_ZERO)
         if goal == candidate.most and goal < weights_for(target / limit, candidate.full):
             reason = "held back by the floors"
         if start > goal and from_model:

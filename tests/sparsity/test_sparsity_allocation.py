@@ -93,6 +93,16 @@ def test_a_file_may_leave_layers_dense_and_have_names_with_signs(tmp_path: Path)
     assert read_allocation(path) == layers
 
 
+def test_layers_a_file_leaves_dense_count(tmp_path: Path) -> None:
+    shapes = {"1": (32, 16, 3, 3), "2": (64, 32, 3, 3), "3": (60, 64, 1, 1)}
+    layers = {name: StoredLayer(shape, 0.5 * (name == "2")) for name, shape in shapes.items()}
+    write_allocation(tmp_path / "a.yaml", layers, {})
+    plan = resolve(network(), target=0.9, allocation=FileAllocation(str(tmp_path / "a.yaml")))
+    assert [layer.name for layer in plan.pruned] == ["2"]
+    assert plan.prunable == sum(map(math.prod, shapes.values()))
+    assert plan.sparsity == pytest.approx(plan.target)
+
+
 def test_a_file_of_another_network_says_what_differs(tmp_path: Path) -> None:
     path = stored(resolve(network(), target=0.5), tmp_path / "a.yaml")
     other = network()
