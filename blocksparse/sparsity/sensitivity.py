@@ -168,9 +168,10 @@ def scan(
                 with torch.no_grad():
                     weight = plan.weights(trial)[layer.param]
                     weight.mul_(_mask(trial, plan, layer, point.zeros))
-            loss, accuracy = evaluate(trial)
+            # As a file holds them, so that a scan that was gone on with gives the same rows.
+            loss, accuracy = (round(value, 6) for value in evaluate(trial))
             trial.load_state_dict(before)
-            drop = 0.0 if dense is None else dense - accuracy
+            drop = 0.0 if dense is None else round(dense - accuracy, 6)
             row = Row(point.layer, point.weights, point.sparsity, loss, accuracy, drop)
         if row.layer == DENSE:
             dense = row.accuracy
