@@ -239,7 +239,7 @@ def test_allocation_keeps_its_budget(allocated: RunFolder) -> None:
     for name, line in compared.items():
         assert line["measured_ms"] > 0
         if name != "dense":
-            assert line["predicted_ms"] <= ours["predicted_ms"] * (1 + 1e-9)
+            assert line["predicted_ms"] <= ours["predicted_ms"] * (1 + 2e-3)
 
 
 def test_training_takes_the_allocation(allocated: RunFolder, weights: Path) -> None:

@@ -45,6 +45,8 @@ RULES: dict[str, Allocation] = {
     "ERK": ERK(),
 }
 DENSE = "dense"
+SAME = 1e-3
+"""How much more milliseconds, as a share, count as equal: a rule has steps of a block."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class _Job:
     def compare(self, chosen: Mapping[str, float]) -> dict[str, Line]:
         """Bring the usual rules to the same predicted milliseconds, and try all of them out."""
         subject, plan = self.subject, self.plan
-        most = self.times.network(chosen)
+        most = self.times.network(chosen) * (1 + SAME)
         found = {DENSE: dict.fromkeys(chosen, 0.0), OURS: dict(chosen)}
         for name, rule in RULES.items():
             say(f"{name}: looking for the target that takes {most:.4g} ms")
