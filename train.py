@@ -1,5 +1,6 @@
 """Train a network, prune it, export it to one compact file, and measure it.
 
+Or, with ``task=``, find out which layers are easy to prune, and how to share sparsity out.
 ``python train.py --help`` lists what can be set; ``configs/train.yaml`` is where it starts.
 """
 
@@ -15,7 +16,7 @@ register_resolvers()
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float:
-    """Run one job and return the accuracy of the exported network, 0..1, for sweepers."""
+    """Run one job and return an accuracy, 0..1, for sweepers: that of the exported network."""
     from blocksparse.pipeline.entry import run_job  # imports torch: `--help` need not wait for it
 
     return run_job(cfg)

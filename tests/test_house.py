@@ -39,11 +39,11 @@ THEIRS: dict[str, set[str]] = {
     "runtime": {"numpy", "numba", "llvmlite"},
     "perf": {"numpy", "numba", "llvmlite"},
     "cli": {"numpy", "numba", "rich", "PIL"},
-    "sparsity": {"numpy", "numba", "torch", "rich"},
+    "sparsity": {"numpy", "numba", "scipy", "torch", "rich", "yaml"},
     "training": TRAINING,
     "export": {"numpy", "torch"},
     "report": {"rich"},
-    "pipeline": TRAINING | {"hydra", "omegaconf"},
+    "pipeline": TRAINING | {"hydra", "omegaconf", "matplotlib"},
 }
 
 

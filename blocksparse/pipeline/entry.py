@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError
 from rich.text import Text
 
+from blocksparse.pipeline import allocate_job, scan_job
 from blocksparse.pipeline.console import console
 from blocksparse.pipeline.folders import STAGES, RunFolder, resume_point
 from blocksparse.pipeline.job import run
@@ -53,7 +54,8 @@ def run_job(cfg: DictConfig) -> float:
     Returns
     -------
     float
-        Validation accuracy of the exported file, 0..1: what a sweeper maximises.
+        Validation accuracy of the exported file, 0..1: what a sweeper maximises. Of other tasks
+        than training, see `scan_job.run` and `allocate_job.run`.
     """
     hydra = HydraConfig.get()
     folder = RunFolder(Path(hydra.runtime.output_dir))
@@ -71,9 +73,9 @@ def run_job(cfg: DictConfig) -> float:
                 f"{folder} already holds a run. Go on with it by resume={folder}, or "
                 "start another with another name=... or another moment"
             )
-        return run(cfg, folder, checkpoint).accuracy.runtime
+        return _run_task(cfg, folder, checkpoint)
     except (KeyboardInterrupt, SystemExit):
-        if any(folder.last(stage).exists() for stage in STAGES):
+        if any(path.exists() for path in (*map(folder.last, STAGES), folder.scan)):
             console.print(f"Interrupted. Go on with: python train.py resume={folder}")
         raise
     except USER_ERRORS as error:
@@ -84,6 +86,18 @@ def run_job(cfg: DictConfig) -> float:
         if single:
             sys.exit(1)
         raise  # Hydra goes on with the other jobs of the sweep, and reports this one at the end
+
+
+def _run_task(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> float:
+    """Run what ``task=`` names, and return its figure for sweepers."""
+    name = OmegaConf.select(cfg, "task.name", default="train")  # older runs have no task
+    if name == "train":
+        return run(cfg, folder, checkpoint).accuracy.runtime
+    if name == "sensitivity":
+        return scan_job.run(cfg, folder)
+    if name == "allocate":
+        return allocate_job.run(cfg, folder)
+    raise ValueError(f"task.name={name}: choose task=train, task=sensitivity or task=allocate")
 
 
 def _remove_unstarted(folder: RunFolder) -> bool:

@@ -44,6 +44,11 @@ class RunFolder:
         return self.path / "model.bsr.safetensors"
 
     @property
+    def scan(self) -> Path:
+        """The rows of a sensitivity scan; it exists once there is one."""
+        return self.path / "sensitivity.csv"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"

@@ -88,7 +88,8 @@ class _Job:
         self.data = build_data(cfg)
         self.network = build_network(cfg, self.data)
         self.pruning: SparsityCallback = build(cfg.sparsity, save_dir=str(folder.path))
-        self.pruning.plan_for(self.network)  # a mistake shows before the dense training
+        # Now, so that a mistake shows before the dense training.
+        self.target = self.pruning.plan_for(self.network).target
 
     def announce(self) -> None:
         """Print what was decided, and save the configuration."""
@@ -98,10 +99,10 @@ class _Job:
         images = [len(loader.source) for loader in (data.train_dataloader(), data.val_dataloader())]
         shape = "x".join(map(str, data.input_shape))
         weights = sum(parameter.numel() for parameter in self.network.parameters())
-        pruning = f"to {100 * cfg.sparsity.target:g} % sparsity in {_epochs(cfg.sparse.epochs)}"
+        pruning = f"to {100 * self.target:.4g} % sparsity in {_epochs(cfg.sparse.epochs)}"
         if is_set(cfg.calibration):
             after = f"then {_epochs(cfg.sparse.epochs)}" if cfg.sparse.epochs else "no training"
-            pruning = f"to {100 * cfg.sparsity.target:g} % sparsity in one shot, {after}"
+            pruning = f"to {100 * self.target:.4g} % sparsity in one shot, {after}"
         if is_set(cfg.permutation):
             pruning += ", channels permuted before"
         if is_set(cfg.distillation) and cfg.sparse.epochs > 0:

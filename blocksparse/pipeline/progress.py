@@ -1,4 +1,4 @@
-"""A progress bar for a whole training stage, and one line now and then where there is no terminal.
+"""Progress bars for a whole stage or scan, and one line now and then without a terminal.
 
 Lightning's own bars count the batches of one epoch. A stage of many short epochs then flickers, and
 says nothing about when it will end.
@@ -17,7 +17,7 @@ from rich.table import Column
 
 from blocksparse.pipeline.console import console as shared_console
 
-__all__ = ["StageProgress"]
+__all__ = ["StageProgress", "Steps"]
 
 # Where there is no terminal to redraw, this many lines are printed per stage.
 LINES = 5
@@ -158,3 +158,64 @@ def _figure(name: str, value: float) -> str:
     if any(word in name for word in SHARES):
         return f"{100 * value:.1f} %"
     return f"{value:.3f}"
+
+
+class Steps:
+    """A bar over a known number of steps; one line now and then where there is no terminal.
+
+    Parameters
+    ----------
+    title
+        What is being done.
+    total
+        How many steps there are.
+    done
+        How many of them were done before.
+    console
+        Where to draw; the terminal of the pipeline by default.
+    """
+
+    def __init__(
+        self, title: str, total: int, done: int = 0, console: Console | None = None
+    ) -> None:
+        self.title = title
+        self.total = total
+        self.done = done
+        self.console = console or shared_console
+        self._started = time.perf_counter()
+        self._first = done
+        self._progress = Progress(
+            TextColumn("{task.description}", style="bold", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[what]}", style="cyan", table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(),
+            console=self.console,
+            expand=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task(title, total=total, completed=done, what="")
+
+    def __enter__(self) -> Steps:
+        """Show the bar."""
+        self._progress.start()
+        if not self.console.is_terminal:
+            self._line(f"{self.done} of {self.total} done before" if self.done else "starts")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the bar, and leave it on the screen."""
+        self._progress.stop()
+
+    def step(self, what: str) -> None:
+        """Count one step more, and show what was done in it."""
+        self.done += 1
+        self._progress.update(self._task, completed=self.done, what=what)
+        lines = LINES * self.done // self.total
+        if not self.console.is_terminal and lines > LINES * (self.done - 1) // self.total:
+            seconds = time.perf_counter() - self._started
+            left = seconds * (self.total - self.done) / (self.done - self._first)
+            self._line(f"{self.done}/{self.total}  {what}  {seconds:.0f} s, {left:.0f} s to go")
+
+    def _line(self, text: str) -> None:
+        self.console.print(f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True)

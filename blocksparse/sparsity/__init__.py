@@ -1,6 +1,7 @@
 """What may be zero: patterns, scores, allocation, schedules, and the masks that follow."""
 
-from blocksparse.sparsity.allocation import Allocation, Global, Targets, Uniform
+from blocksparse.sparsity.allocation import ERK, Allocation, Global, Targets, Uniform
+from blocksparse.sparsity.allocation_file import FileAllocation
 from blocksparse.sparsity.channels import Channels, Group, Place, find_channels, reorder
 from blocksparse.sparsity.gradient_scores import GradientScores
 from blocksparse.sparsity.layers import Layers
@@ -29,11 +30,13 @@ from blocksparse.sparsity.straight_through import StraightThrough
 from blocksparse.sparsity.table import plan_markdown, plan_table, save_plan
 
 __all__ = [
+    "ERK",
     "NM",
     "Allocation",
     "Block",
     "Channels",
     "Cubic",
+    "FileAllocation",
     "Floors",
     "Global",
     "GradientScores",

@@ -27,11 +27,14 @@ class Candidate:
         Weights that go if all its units go.
     most : int
         Weights that may go under the floors.
+    shape : tuple of int
+        Of its weight.
     """
 
     name: str
     full: int
     most: int
+    shape: tuple[int, ...] = ()
 
 
 class Unreachable(ValueError):
@@ -40,6 +43,10 @@ class Unreachable(ValueError):
 
 class Allocation(ABC):
     """A rule that shares a target out."""
+
+    def overall(self, target: float) -> float:
+        """Return the sparsity of all pruned layers together, where ``target`` is asked for."""
+        return target
 
     def check(self, layers: Sequence[FoundLayer]) -> None:  # noqa: B027 - most rules name no layer
         """Refuse names that do not go with ``layers``, all of the network, the dense ones too.
@@ -111,6 +118,35 @@ class Global(Allocation):
         """Return None for every layer; see `Allocation.zeros`."""
         wanted = _check_room(layers, share_of(target, limit), limit)
         return [None] * len(layers) if wanted else [0] * len(layers)
+
+
+@dataclass(frozen=True)
+class ERK(Allocation):
+    """Small layers keep more: density proportional to the sum of a weight's sides over its size.
+
+    The Erdős-Rényi kernel of Evci et al., "Rigging the Lottery" (arXiv 1911.11134), equation 4.1.
+    Layers whose density would be above 1 stay dense. At equal size it takes more multiply-adds than
+    `Uniform`: early layers are small, and each of their weights is used at many pixels.
+    """
+
+    def zeros(self, layers: Sequence[Candidate], target: float, limit: float) -> list[int | None]:
+        """Return the weights that must go per layer; see `Allocation.zeros`."""
+        wanted = _check_room(layers, share_of(target, limit), limit)
+        raw = [sum(layer.shape) / math.prod(layer.shape) for layer in layers]
+
+        def going(scale: float) -> list[int | None]:
+            shares = [min(max(1.0 - scale * each, 0.0), 1.0) for each in raw]
+            return [
+                min(weights_for(share, layer.full), layer.most)
+                for share, layer in zip(shares, layers, strict=True)
+            ]
+
+        low, high = 0.0, 1.0 / min(raw, default=1.0)  # everything goes, nothing goes
+        for _ in range(60):
+            middle = (low + high) / 2
+            enough = sum(zeros or 0 for zeros in going(middle)) >= wanted
+            low, high = (middle, high) if enough else (low, middle)
+        return going(low)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from blocksparse.sparsity.patterns import Pattern, pattern_from_json, pattern_to
 from blocksparse.sparsity.scores import Score, score_named
 from blocksparse.sparsity.selection import Floors
 
+TARGET_ZERO = "target 0"
+"""Why a layer stays dense that could be pruned."""
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -97,8 +100,12 @@ class Plan:
 
     @property
     def prunable(self) -> int:
-        """How many weights the pruned layers have."""
-        return sum(layer.size for layer in self.pruned)
+        """How many weights the pruned layers have, and those whose own target is 0.
+
+        Those might have been pruned too: leaving them dense must not make the rest look sparser.
+        """
+        counted = (layer for layer in self.layers if layer.pruned or layer.reason == TARGET_ZERO)
+        return sum(layer.size for layer in counted)
 
     @property
     def sparsity(self) -> float:

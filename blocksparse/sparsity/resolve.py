@@ -16,7 +16,7 @@ from blocksparse.sparsity.allocation import (
 )
 from blocksparse.sparsity.layers import FoundLayer, Layers, find_layers
 from blocksparse.sparsity.patterns import Block, Pattern
-from blocksparse.sparsity.plan import LayerPlan, Plan
+from blocksparse.sparsity.plan import TARGET_ZERO, LayerPlan, Plan
 from blocksparse.sparsity.scores import Score, l2
 from blocksparse.sparsity.selection import Floors, most_zeros, protect
 
@@ -82,11 +82,13 @@ def resolve(
     found = find_layers(network, layers or Layers())
     found = [_with_room(layer, pattern, floors) for layer in found]
     allocation.check(found)
+    target = allocation.overall(target)
     candidates = [
         Candidate(
             layer.name,
             int(pattern.sizes(layer.shape).sum()),
             most_zeros(pattern, layer.shape, floors),
+            layer.shape,
         )
         for layer in found
         if not layer.reason
@@ -152,7 +154,7 @@ def _row(
     reason = ""
     if goal is not None:
         if goal == 0:
-            return replace(row, reason="target 0")
+            return replace(row, reason=TARGET_ZERO)
         if goal == candidate.most and goal < weights_for(target / limit, candidate.full):
             reason = "held back by the floors"
         if start > goal and from_model:

@@ -1,0 +1,186 @@
+"""An allocation as a file: the sparsity of every layer, worked out before the training.
+
+The file is YAML, and meant to be read and changed by people::
+
+    pattern: block 8x8 shared
+    layers:
+      layer1.0.conv1: {shape: [16, 16, 3, 3], sparsity: 0.5}
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from blocksparse.sparsity.allocation import (
+    Allocation,
+    Candidate,
+    Unreachable,
+    share_of,
+    weights_for,
+)
+from blocksparse.sparsity.layers import FoundLayer
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One layer of an allocation file.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of its weight.
+    sparsity : float
+        The share of its weights that go, 0..1; 0 leaves it dense.
+    """
+
+    shape: tuple[int, ...]
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class FileAllocation(Allocation):
+    """Sparsities from a file, as ``task=sensitivity`` and ``task=allocate`` write it.
+
+    The file names every layer that is pruned, and no other. ``sparsity.target`` does not count: the
+    target is what the layers of the file come to together.
+
+    Parameters
+    ----------
+    path : str
+        Of the file.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such file, or it is no allocation.
+    """
+
+    path: str = field(repr=False)  # a run that goes on may find the file elsewhere
+    layers: Mapping[str, StoredLayer] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", read_allocation(Path(self.path)))
+
+    def overall(self, target: float) -> float:
+        """Return the sparsity of all layers of the file together."""
+        sizes = [math.prod(layer.shape) for layer in self.layers.values()]
+        zeros = sum(
+            size * layer.sparsity for size, layer in zip(sizes, self.layers.values(), strict=True)
+        )
+        return zeros / max(sum(sizes), 1)
+
+    def check(self, layers: Sequence[FoundLayer]) -> None:
+        """Refuse a file of another network, or of other layers of it; see `Allocation.check`."""
+        found = {layer.name: layer for layer in layers}
+        wrong = []
+        for name, stored in self.layers.items():
+            if name not in found:
+                wrong.append(f"{name} is not in the network")
+            elif found[name].shape != stored.shape:
+                shapes = ["x".join(map(str, shape)) for shape in (stored.shape, found[name].shape)]
+                wrong.append(f"{name} is {shapes[0]} in the file, {shapes[1]} in the network")
+            elif found[name].reason and stored.sparsity > 0:
+                wrong.append(f"{name} stays dense ({found[name].reason})")
+        wrong += [
+            f"{layer.name} is not in the file"
+            for layer in layers
+            if not layer.reason and layer.name not in self.layers
+        ]
+        if wrong:
+            more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+            raise ValueError(
+                f"{self.path}: made for another network, or for other layers of it: "
+                f"{'; '.join(wrong[:6])}{more}. Use the network, sparsity and sparsity.dense it "
+                "was made with, or make one for this network with task=allocate"
+            )
+
+    def zeros(self, layers: Sequence[Candidate], target: float, limit: float) -> list[int | None]:
+        """Return the weights that must go per layer; see `Allocation.zeros`."""
+        result: list[int | None] = []
+        for layer in layers:
+            sparsity = self.layers[layer.name].sparsity
+            wanted = weights_for(share_of(sparsity, limit), layer.full)
+            if wanted > layer.most:
+                raise Unreachable(
+                    f"at most {layer.most / layer.full * limit:.4f} in {layer.name}, for which "
+                    f"{self.path} asks {sparsity:g}"
+                )
+            result.append(wanted)
+        return result
+
+
+def read_allocation(path: Path) -> dict[str, StoredLayer]:
+    """Return the layers of an allocation file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is no allocation; the text says which entry is wrong.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"sparsity.allocation.path={path}: no such file. python train.py task=allocate writes "
+            "one as runs/<name>/<time>/allocation.yaml"
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    entries = content.get("layers") if isinstance(content, dict) else None
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError(
+            f"{path}: not an allocation, which has `layers:` and below it lines such as "
+            "`layer1.0.conv1: {shape: [16, 16, 3, 3], sparsity: 0.5}`"
+        )
+    return {str(name): _stored(path, str(name), entry) for name, entry in entries.items()}
+
+
+def write_allocation(
+    path: Path, layers: Mapping[str, StoredLayer], facts: Mapping[str, Any]
+) -> None:
+    """Write an allocation file, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        Of the file.
+    layers : mapping of str to StoredLayer
+        Every layer that may be pruned, by its module name.
+    facts : mapping of str to plain value
+        What a reader may want to know, such as the pattern it was made for. Not read again.
+    """
+    lines = [yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True)] if facts else []
+    lines.append("layers:\n")
+    for name, layer in layers.items():
+        key = yaml.safe_dump(name).removesuffix("\n...\n").strip()
+        lines.append(f"  {key}: {{shape: {list(layer.shape)}, sparsity: {layer.sparsity!r}}}\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text("".join(lines), encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _stored(path: Path, name: str, entry: object) -> StoredLayer:
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    sparsity = entry.get("sparsity") if isinstance(entry, dict) else None
+    good = (
+        isinstance(shape, list)
+        and all(isinstance(side, int) and side > 0 for side in shape)
+        and isinstance(sparsity, int | float)
+        and 0.0 <= sparsity <= 1.0
+    )
+    if not good:
+        raise ValueError(
+            f"{path}: {name}: {entry} is not a shape and a sparsity in 0..1, such as "
+            "{shape: [16, 16, 3, 3], sparsity: 0.5}"
+        )
+    return StoredLayer(tuple(shape), float(sparsity))  # type: ignore[arg-type]
