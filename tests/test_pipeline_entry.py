@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from omegaconf import OmegaConf
@@ -81,26 +82,83 @@ def train(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(
-    "override", ["model.name=resnet21", "resume=/nope", "data=image_folder", "paths.runs=elsewhere"]
-)
-def test_mistake_is_one_line_and_leaves_nothing_behind(tmp_path: Path, override: str) -> None:
-    done = train(override, "dense.epochs=-1", cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stdout.startswith("error: ")
-    assert "run.log" not in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
-    assert not list(tmp_path.iterdir())
+MISTAKES = ["model.name=resnet21", "resume=/nope", "data=image_folder", "paths.runs=elsewhere"]
+
+# Runs train.py once per line of arguments, each time in a folder of its own and a process of its
+# own, forked after the imports, which take longer than all the rest.
+MANY = """
+import os, runpy, sys
+import blocksparse.pipeline.entry
+for number, line in enumerate(sys.argv[2:]):
+    if (child := os.fork()) == 0:
+        os.chdir(str(number))
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"../{name}{number}", os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv[:] = [sys.argv[1], *line.split()]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    open(f"status{number}", "w").write(str(os.waitstatus_to_exitcode(status)))
+"""
 
 
-def test_mistake_leaves_the_folder_of_a_run_alone(tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "a" / "b"
-    folder.mkdir(parents=True)
-    OmegaConf.save(OmegaConf.create({"seed": 3}), folder / "config.yaml")
-    done = train("resume=runs/a/b", "seed=4", cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stdout.startswith("error: seed=4: a run that goes on keeps")
-    assert "The traceback is in runs/a/b/run.log" in done.stdout
+class Mistaken(NamedTuple):
+    """What a run with a mistake in it leaves: exit status, output, its folder."""
+
+    status: int
+    out: str
+    err: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Mistaken]:
+    if not hasattr(os, "fork"):
+        pytest.skip("processes cannot be forked here")
+    base = tmp_path_factory.mktemp("mistakes")
+    lines = {mistake: f"{mistake} dense.epochs=-1" for mistake in MISTAKES}
+    lines["seed=4"] = "resume=runs/a/b seed=4"
+    for number in range(len(lines)):
+        (base / str(number)).mkdir()
+    run = base / str(len(MISTAKES)) / "runs" / "a" / "b"
+    run.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create({"seed": 3}), run / "config.yaml")
+    subprocess.run(
+        [sys.executable, "-c", MANY, str(ROOT / "train.py"), *lines.values()],
+        cwd=base,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        check=True,
+        timeout=240,
+    )
+    return {
+        mistake: Mistaken(
+            int((base / f"status{number}").read_text()),
+            (base / f"out{number}").read_text(),
+            (base / f"err{number}").read_text(),
+            base / str(number),
+        )
+        for number, mistake in enumerate(lines)
+    }
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_mistake_is_one_line_and_leaves_nothing_behind(
+    mistaken: dict[str, Mistaken], override: str
+) -> None:
+    done = mistaken[override]
+    assert done.status == 1
+    assert done.out.startswith("error: ")
+    assert "run.log" not in done.out
+    assert "Traceback" not in done.out + done.err
+    assert not list(done.folder.iterdir())
+
+
+def test_mistake_leaves_the_folder_of_a_run_alone(mistaken: dict[str, Mistaken]) -> None:
+    done = mistaken["seed=4"]
+    assert done.status == 1
+    assert done.out.startswith("error: seed=4: a run that goes on keeps")
+    assert "The traceback is in runs/a/b/run.log" in done.out
+    folder = done.folder / "runs" / "a" / "b"
     assert "Traceback" in (folder / "run.log").read_text()
     assert (folder / "config.yaml").is_file()
 
