@@ -63,12 +63,9 @@ def check(network: nn.Module, shape: tuple[int, ...]) -> Channels:
             assert place.positions.max() < weight.shape[place.axis]
             assert len(np.unique(place.positions)) == place.positions.size
     assert_same_function(network, other, shape)
-    changed = [
-        name
-        for (name, one), two in zip(network.named_parameters(), other.parameters(), strict=True)
-        if not torch.equal(one, two)
-    ]
-    assert len(changed) > len(channels.groups)
+    moved = {place.name for group in channels.groups for place in group.places}
+    for (name, one), two in zip(network.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two) == (name not in moved), name
     return channels
 
 
