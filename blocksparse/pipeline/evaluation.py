@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from blocksparse.training import ImageData
 from blocksparse.training.batchnorm import reestimate
+from blocksparse.training.data import EpochLoader
 
 __all__ = ["CalibrationLoss"]
 
@@ -23,9 +24,9 @@ Batch = tuple[Tensor, Tensor]
 class CalibrationLoss:
     """Loss and accuracy on a slice of the training images, without augmentation.
 
-    The slice is the beginning of `ImageData.calibration_dataloader()`, mixed by the data module's
-    seed: first the batches that batch-norm statistics are re-estimated on, then those that count.
-    No image is in both. All are held in memory.
+    The slice is the beginning of an epoch mixed by the data module's seed: first the batches that
+    batch-norm statistics are re-estimated on, augmented (`ImageData.statistics_dataloader()`), then
+    those that count, as they are. No image is in both. All are held in memory.
 
     Parameters
     ----------
@@ -61,12 +62,14 @@ class CalibrationLoss:
                 f"{len(loader)}: lower one of them"
             )
         format_ = torch.channels_last if channels_last else torch.contiguous_format
-        batches = [
-            (x.contiguous(memory_format=format_), labels) for x, labels in islice(loader, count)
-        ]
+
+        def some(source: EpochLoader, first: int, last: int) -> list[Batch]:
+            taken = islice(source, first, last)
+            return [(x.contiguous(memory_format=format_), labels) for x, labels in taken]
+
         self.format = format_
-        self.for_batchnorm: list[Batch] = batches[:batchnorm_batches]
-        self.counted: list[Batch] = batches[batchnorm_batches:]
+        self.for_batchnorm = some(data.statistics_dataloader(), 0, batchnorm_batches)
+        self.counted = some(loader, batchnorm_batches, count)
         self.images = sum(len(labels) for _, labels in self.counted)
 
     @property

@@ -30,8 +30,8 @@ def prune_one_shot(
     """Prune `network` in place, on a GPU if there is one, and leave it on the CPU.
 
     Batch-norm statistics are not taken anew, whatever ``batchnorm`` says: the surgeon moved them
-    as far as pruning moved what they describe. Taking them anew makes ResNet-20 on CIFAR-10, 30 %
-    of its 8x8 blocks per position pruned, fall from 90.3 to 87.0 %.
+    as far as pruning moved what they describe. Taking them anew gains nothing: ResNet-20
+    on CIFAR-10, 30 % of its 8x8 blocks per position pruned, has 90.3 % right as it is and 90.2 anew.
 
     Parameters
     ----------

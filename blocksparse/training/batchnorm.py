@@ -37,7 +37,7 @@ def reestimate(
     model : nn.Module
         Changed in place; without batch norms nothing happens.
     batches : iterable of (images, labels)
-        Images [N, C, H, W], such as `ImageData.calibration_dataloader()`.
+        Images [N, C, H, W], such as `ImageData.statistics_dataloader()`.
     num_batches : int
         How many to use, or fewer if there are not as many.
     device : torch.device or str, optional
@@ -92,7 +92,7 @@ class BatchNormReestimation(Callback):
     Parameters
     ----------
     num_batches : int
-        Batches of `ImageData.calibration_dataloader()` to use.
+        Batches of `ImageData.statistics_dataloader()` to use.
     each_validation : bool
         Before each validation rather than only the last.
     """
@@ -124,13 +124,13 @@ class BatchNormReestimation(Callback):
         if not isinstance(data, ImageData):
             raise ValueError(
                 "batch-norm re-estimation takes its images from the data module's "
-                "calibration_dataloader(): pass a blocksparse data module to the trainer, or leave "
+                "statistics_dataloader(): pass a blocksparse data module to the trainer, or leave "
                 "this callback out"
             )
         with trainer.precision_plugin.forward_context():
             reestimate(
                 pl_module,
-                data.calibration_dataloader(),
+                data.statistics_dataloader(),
                 self.num_batches,
                 pl_module.device,
             )

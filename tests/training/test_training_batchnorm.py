@@ -139,7 +139,7 @@ def fit(callback: pl.Callback, **options):
     data = Digits(batch_size=16)
     trainer.fit(module, datamodule=data)
     wanted = copy.deepcopy(module.model)
-    reestimate(wanted, data.calibration_dataloader(), 4)
+    reestimate(wanted, data.statistics_dataloader(), 4)
     return module.model.bn1.running_mean, wanted.bn1.running_mean, spy
 
 
@@ -176,5 +176,5 @@ def test_callback_needs_a_data_module():
         enable_model_summary=False,
         callbacks=[BatchNormReestimation()],
     )
-    with pytest.raises(ValueError, match="calibration_dataloader"):
+    with pytest.raises(ValueError, match="statistics_dataloader"):
         trainer.fit(module, Digits().train_dataloader())

@@ -91,6 +91,16 @@ def test_digits_normalisation_is_that_of_its_training_scans():
     assert abs(images.std() - 1) < 0.01
 
 
+def test_statistics_are_taken_on_the_same_images_augmented():
+    data = Digits()
+    plain = list(data.calibration_dataloader())
+    augmented = list(data.statistics_dataloader())
+    again = list(data.statistics_dataloader())
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(plain, augmented, strict=True))
+    assert not any(torch.equal(a[0], b[0]) for a, b in zip(plain, augmented, strict=True))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(augmented, again, strict=True))
+
+
 def test_digits_split_is_fixed_and_disjoint():
     def scans(source):
         return [image.numpy().tobytes() for image in source.images]
