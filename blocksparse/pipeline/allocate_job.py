@@ -29,12 +29,12 @@ from blocksparse.pipeline.choices import (
 from blocksparse.pipeline.console import console, key_values, quieten, say
 from blocksparse.pipeline.folders import RunFolder
 from blocksparse.pipeline.layer_times import LayerTimes, measure_times
-from blocksparse.pipeline.scan_files import write_whole
 from blocksparse.pipeline.scan_job import Subject, prepare, scanned
 from blocksparse.pipeline.setup import check, threads
 from blocksparse.pipeline.trials import Trial, timed_together, try_out
 from blocksparse.sparsity import ERK, Allocation, Global, Uniform
 from blocksparse.sparsity.knapsack import Infeasible, Solution
+from blocksparse.sparsity.whole_file import write_whole
 
 __all__ = ["run"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from blocksparse.sparsity.sensitivity import Row
+from blocksparse.sparsity.whole_file import write_whole
 
-__all__ = ["COLUMNS", "ScanFiles", "fingerprint", "write_whole"]
+__all__ = ["COLUMNS", "ScanFiles", "fingerprint"]
 
 COLUMNS = ("layer", "weights", "sparsity", "loss", "accuracy", "drop")
 
@@ -133,14 +133,6 @@ def fingerprint(
         digest.update(images.contiguous().numpy().tobytes())
         digest.update(labels.numpy().tobytes())
     return digest.hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def _quoted(name: str) -> str:

@@ -10,7 +10,6 @@ The file is YAML, and meant to be read and changed by people::
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from blocksparse.sparsity.allocation import (
     weights_for,
 )
 from blocksparse.sparsity.layers import FoundLayer
+from blocksparse.sparsity.whole_file import write_whole
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,7 @@ def write_allocation(
     for name, layer in layers.items():
         key = yaml.safe_dump(name).removesuffix("\n...\n").strip()
         lines.append(f"  {key}: {{shape: {list(layer.shape)}, sparsity: {layer.sparsity!r}}}\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text("".join(lines), encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(path, "".join(lines))
 
 
 def _stored(path: Path, name: str, entry: object) -> StoredLayer:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from blocksparse.sparsity.whole_file import write_whole
 
 _HEADER = ("layer", "kept before", "kept after", "gain")
 
@@ -104,16 +105,9 @@ class PermutationReport:
 
     def save(self, folder: Path) -> tuple[Path, Path]:
         """Write ``permutation.json`` and ``permutation.md`` into ``folder``; return their paths."""
-        folder.mkdir(parents=True, exist_ok=True)
-        texts = {
-            folder / "permutation.json": json.dumps(self.to_json(), indent=2) + "\n",
-            folder / "permutation.md": self.to_markdown(),
-        }
-        for path, text in texts.items():
-            draft = path.with_name(path.name + ".tmp")
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, path)
-        as_json, as_text = texts
+        as_json, as_text = folder / "permutation.json", folder / "permutation.md"
+        write_whole(as_json, json.dumps(self.to_json(), indent=2) + "\n")
+        write_whole(as_text, self.to_markdown())
         return as_json, as_text
 
 

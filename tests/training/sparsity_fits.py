@@ -53,6 +53,20 @@ class Tiny(LightningModule):
         return torch.optim.AdamW(self.parameters(), self.lr / 10)
 
 
+class Rank(Tiny):
+    """The same in one of several processes, each with images of its own."""
+
+    def training_step(self, batch, batch_idx):
+        torch.manual_seed(self.global_rank)
+        images = torch.randn(8, 3, 8, 8) + self.global_step
+        return F.cross_entropy(self.model(images), torch.arange(8) % 4)
+
+
+def refuse(*args):
+    """Stand in for what only one process may do."""
+    raise AssertionError("the masks of this rank must not count")
+
+
 def loader() -> DataLoader:
     return DataLoader(TensorDataset(torch.zeros(6)), batch_size=1)
 
