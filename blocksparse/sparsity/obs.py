@@ -2,7 +2,8 @@
 
 Layer by layer, the outputs of the dense network are the goal: of all weights with zeros where the
 mask has them, those are taken that come closest to it on the calibration images, by least squares.
-A unit is worth what that distance grows by when it goes. This is Hassibi and Stork's optimal brain
+A unit is worth what that distance grows by when it goes, each output channel counting for what the
+logits move with it. This is Hassibi and Stork's optimal brain
 surgeon (NIPS 1992), for whole units as in Optimal Brain Compression (Frantar and Alistarh, arXiv
 2208.11580), with layers in order of execution as in SparseGPT (arXiv 2301.00774).
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from blocksparse.sparsity.calibration import Moments, run_beside
+from blocksparse.sparsity.influence import influences
 from blocksparse.sparsity.least_squares import MaskedLeastSquares
 from blocksparse.sparsity.masked import MaskedWeights
 from blocksparse.sparsity.masks import pack_mask, plan_masks
@@ -96,14 +98,15 @@ class OptimalBrainSurgeon:
         layers = {layer.name: layer for layer in plan.pruned}
         if not layers:
             return MaskedWeights(plan)
-        zeros = self._zeros(network, plan, images)
+        influence = influences(network, images, list(layers))
+        zeros = self._zeros(network, plan, images, influence)
         masks: dict[str, Tensor] = {}
 
         def visit(name: str, module: nn.Module, moments: Moments) -> None:
             if progress is not None:
                 progress(len(masks), len(layers), name)
             layer = replace(layers[name], zeros=zeros[name])
-            masks[name] = self._prune_layer(module, layer, plan, moments)
+            masks[name] = self._prune_layer(module, layer, plan, moments, influence[name])
 
         run_beside(network, images, list(layers), visit)
         masked = MaskedWeights(plan)
@@ -113,7 +116,12 @@ class OptimalBrainSurgeon:
         return masked
 
     def _prune_layer(
-        self, module: nn.Module, layer: LayerPlan, plan: Plan, moments: Moments
+        self,
+        module: nn.Module,
+        layer: LayerPlan,
+        plan: Plan,
+        moments: Moments,
+        influence: Tensor,
     ) -> Tensor:
         """Choose the mask of a layer, bool of the shape of its weight, and change its weight."""
         weight: Tensor = module.weight  # type: ignore[assignment]
@@ -124,12 +132,15 @@ class OptimalBrainSurgeon:
         mask = plan_masks(alone, {layer.param: weight}, 0.0)[layer.param] | (weight != 0)
         mask = mask.to(problem.goal.device)
         for done in range(1, self.rounds + 1):
-            losses = problem.losses(mask.flatten(1), together).reshape(layer.shape)
+            losses = problem.losses(mask.flatten(1), together) * influence.to(problem.goal)[:, None]
+            losses = losses.reshape(layer.shape)
             mask &= plan_masks(alone, {layer.param: losses}, done / self.rounds)[layer.param]
         weight.copy_(problem.solve(mask.flatten(1)).reshape(layer.shape))
         return mask
 
-    def _zeros(self, network: nn.Module, plan: Plan, images: Tensor) -> dict[str, int]:
+    def _zeros(
+        self, network: nn.Module, plan: Plan, images: Tensor, influence: dict[str, Tensor]
+    ) -> dict[str, int]:
         """Return how many zeros each layer ends with.
 
         With `Global`, the layers compete once before any is pruned, with what their units are worth
@@ -144,7 +155,8 @@ class OptimalBrainSurgeon:
             problem = _problem(weight, moments, self.damping, name)
             together = plan.pattern.together(tuple(weight.shape)).to(problem.goal.device)
             everything = torch.ones_like(problem.goal, dtype=torch.bool)
-            losses[name] = problem.losses(everything, together).reshape(weight.shape)
+            worth = problem.losses(everything, together) * influence[name].to(problem.goal)[:, None]
+            losses[name] = worth.reshape(weight.shape)
 
         run_beside(network, images, [layer.name for layer in plan.pruned], visit)
         params = {layer.param: losses[layer.name] for layer in plan.pruned}
