@@ -53,7 +53,7 @@ def influences(network: nn.Module, images: Tensor, layers: Collection[str]) -> d
     modes = {module: module.training for module in network.modules()}
     handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     generator = torch.Generator().manual_seed(0)
-    sums = {name: torch.zeros(len(module.weight)) for name, module in modules.items()}
+    sums = {name: torch.zeros(()) for name in modules}
     try:
         network.eval()
         with torch.enable_grad():
@@ -67,7 +67,8 @@ def influences(network: nn.Module, images: Tensor, layers: Collection[str]) -> d
                 )
                 for (name, _), gradient in zip(made, gradients, strict=True):
                     if gradient is not None:
-                        sums[name] += _by_channel(modules[name], gradient.square()).cpu()
+                        worth = _by_channel(modules[name], gradient.square())
+                        sums[name] = sums[name].to(worth) + worth
     finally:
         for handle in handles:
             handle.remove()

@@ -131,9 +131,10 @@ class OptimalBrainSurgeon:
         # What a sparse network has lost already (initial=from_model) is not called back.
         mask = plan_masks(alone, {layer.param: weight}, 0.0)[layer.param] | (weight != 0)
         mask = mask.to(problem.goal.device)
+        # Of the losses the squares sum to what a unit is worth.
+        root = influence.sqrt().to(problem.goal)[:, None]
         for done in range(1, self.rounds + 1):
-            losses = problem.losses(mask.flatten(1), together) * influence.to(problem.goal)[:, None]
-            losses = losses.reshape(layer.shape)
+            losses = (problem.losses(mask.flatten(1), together) * root).reshape(layer.shape)
             mask &= plan_masks(alone, {layer.param: losses}, done / self.rounds)[layer.param]
         weight.copy_(problem.solve(mask.flatten(1)).reshape(layer.shape))
         return mask
@@ -155,8 +156,8 @@ class OptimalBrainSurgeon:
             problem = _problem(weight, moments, self.damping, name)
             together = plan.pattern.together(tuple(weight.shape)).to(problem.goal.device)
             everything = torch.ones_like(problem.goal, dtype=torch.bool)
-            worth = problem.losses(everything, together) * influence[name].to(problem.goal)[:, None]
-            losses[name] = worth.reshape(weight.shape)
+            root = influence[name].sqrt().to(problem.goal)[:, None]
+            losses[name] = (problem.losses(everything, together) * root).reshape(weight.shape)
 
         run_beside(network, images, [layer.name for layer in plan.pruned], visit)
         params = {layer.param: losses[layer.name] for layer in plan.pruned}

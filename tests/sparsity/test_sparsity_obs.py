@@ -228,7 +228,26 @@ def test_global_targets_are_met_together() -> None:
     zeros = {name: int((~mask).sum()) for name, mask in masked.masks.items()}
     assert sum(zeros.values()) >= plan.zeros
     shares = [zeros[layer.param] / layer.size for layer in plan.pruned]
-    assert max(shares) - min(shares) > 0.05
+    assert max(shares) - min(shares) > 0.03
+
+
+def test_scale_of_a_layer_that_a_batch_norm_undoes_does_not_count() -> None:
+    """Only what the logits move with does, be it among layers or among the rows of a block."""
+    dense, scaled = network(), network()
+    factors = torch.linspace(0.1, 10.0, 13)
+    with torch.no_grad():
+        scaled[3].weight *= factors[:, None, None, None]
+        scaled[4].running_mean *= factors
+        scaled[4].running_var = (scaled[4].running_var + scaled[4].eps) * factors**2 - scaled[4].eps
+    torch.testing.assert_close(dense(images()), scaled(images()), rtol=1e-4, atol=1e-5)
+    kept = []
+    for made in (dense, scaled):
+        plan = plan_for(made, Block(8, 8, False), 0.5, allocation=Global())
+        masks = OptimalBrainSurgeon(rounds=2).prune(made, plan, images()).masks
+        kept.append({name: mask.float().mean().item() for name, mask in masks.items()})
+        kept.append(masks["3.weight"])
+    assert kept[0] == kept[2]
+    assert torch.equal(kept[1], kept[3])
 
 
 def test_what_is_zero_already_stays_zero() -> None:
@@ -248,7 +267,8 @@ def test_what_is_zero_already_stays_zero() -> None:
     cross = torch.eye(8, dtype=torch.float64)
     cross[:, :2] = 5.0
     seen = Moments(torch.eye(8, dtype=torch.float64), cross, torch.zeros(8, 8, dtype=torch.float64))
-    mask = OptimalBrainSurgeon(damping=1e-6)._prune_layer(layer, plan.pruned[0], plan, seen)
+    surgeon = OptimalBrainSurgeon(damping=1e-6)
+    mask = surgeon._prune_layer(layer, plan.pruned[0], plan, seen, torch.ones(8))
     assert not mask[:, :2].any()
     assert int((~mask).sum()) == 20  # 16 before, and one block to reach 30 %
     assert not layer.weight[~mask].any()
