@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import matplotlib
 import numpy as np
@@ -12,11 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter
-from matplotlib.transforms import Bbox
 
 from blocksparse.cli.result_groups import Group, Network, labels
+from blocksparse.cli.result_labels import box, place_labels
 
 __all__ = ["against_bytes", "against_latency", "draw"]
 
@@ -26,15 +26,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 6 colours, 7 markers: 42 series before they repeat
 DENSE_MARKERS = ("*", "p", "h", "8")
 LABEL_SIZE = 8  # points
-CLEARANCE = 2.0  # pixels at 100 dpi, around labels and markers
-# Where a label may stand, offsets in points from its mark: near first, right before left.
-DIRECTIONS = [np.pi * turn / 8 for turn in (0, 1, -1, 8, 7, 9, 2, -2, 4, -4, 6, -6, 3, -3, 5, -5)]
-OFFSETS = [
-    (far * np.cos(angle), far * np.sin(angle))
-    for far in (9, 14, 20, 28, 38, 50, 64, 80)
-    for angle in DIRECTIONS
-]
-LEADER_FROM = 14  # points; a label that stands further off is tied to its mark by a line
+LEADER_FROM = 14  # pixels between mark and label
 
 
 @dataclass(frozen=True)
@@ -155,7 +147,8 @@ def draw(series: Sequence[Series], x_label: str) -> Figure:
     x_label
         What the horizontal axis shows, with its unit.
     """
-    figure = Figure(figsize=(8, 5.4), dpi=100, layout="constrained")
+    rows = (len(series) + 3) // 2  # of the legend
+    figure = Figure(figsize=(8, 4.4 + 0.21 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)  # knows how large a text is, which the labels below need
     axes = figure.add_subplot()
     axes.grid(color="0.9", linewidth=0.6)
@@ -186,24 +179,19 @@ def draw(series: Sequence[Series], x_label: str) -> Figure:
                 capsize=3 if point.high > point.low else 0,
                 zorder=3,
             )[0].set_gid(f"point-{number}-{place}")
-            marks.append((point, colour, size))
+            marks.append((point, size))
         handles.append(Line2D([], [], linestyle="", marker=marker, color=colour, label=line.title))
-    if any(not point.trusted for point, _, _ in marks):
-        handles.append(
-            Line2D(
-                [],
-                [],
-                linestyle="",
-                marker="o",
-                color="0.4",
-                markerfacecolor="white",
-                label="hollow: machine was busy, time not to be trusted",
-            )
-        )
-    _set_scale(axes, [point for point, _, _ in marks])
+    if any(point.high > point.low for point, _ in marks):
+        note = "bar: lowest to highest of several seeds"
+        handles.append(Line2D([], [], linestyle="", marker="|", color="0.4", label=note))
+    if any(not point.trusted for point, _ in marks):
+        note = "hollow: machine was busy, time not to be trusted"
+        hollow = Line2D([], [], linestyle="", marker="o", color="0.4", mfc="white", label=note)
+        handles.append(hollow)
+    _set_scale(axes, [point for point, _ in marks])
     # Below the axes, where it can hide nothing however many series there are.
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    _place_labels(figure, axes, marks)
+    _write_labels(figure, axes, marks)
     return figure
 
 
@@ -239,75 +227,49 @@ def _set_scale(axes: Axes, points: Sequence[Point]) -> None:
     axes.set_ylim(low - margin, high + margin)
 
 
-def _place_labels(
-    figure: Figure, axes: Axes, marks: Sequence[tuple[Point, str, float]]
-) -> list[Annotation]:
-    """Write each label at the nearest place where it covers no mark, error bar or other label."""
+def _write_labels(figure: Figure, axes: Axes, marks: Sequence[tuple[Point, float]]) -> None:
+    """Write the labels of marks, whose sizes are in typographic points, where they cover nothing.
+
+    One that has to stand further off is tied to its mark by a line.
+    """
     figure.draw_without_rendering()  # settles where everything is
     figure.set_layout_engine("none")
     pixels = figure.dpi / 72  # of one typographic point
-    inside = axes.get_window_extent()
-    taken = []
-    for point, _, size in marks:
-        x, low = axes.transData.transform((point.x, point.low))
-        _, high = axes.transData.transform((point.x, point.high))
-        _, middle = axes.transData.transform((point.x, point.y))
-        half = size * pixels / 2
-        taken.append(Bbox([[x - half, middle - half], [x + half, middle + half]]))
-        if point.high > point.low:
-            taken.append(Bbox([[x - 3, low], [x + 3, high]]))
-    written = []
-    for point, colour, _ in marks:
+    places = axes.transData.transform([(point.x, point.y) for point, _ in marks])
+    obstacles, texts, sizes = [], [], []
+    for place, (point, size) in zip(places, marks, strict=True):
+        obstacles.append(box(place, np.full(2, size * pixels)))
+        low, high = axes.transData.transform([(point.x, point.low), (point.x, point.high)])
+        obstacles.append(box((low + high) / 2, high - low + (8, 0)))
         text = axes.annotate(
             point.label,
             (point.x, point.y),
-            xytext=OFFSETS[0],
+            xytext=(0, 0),
             textcoords="offset points",
             ha="center",
             va="center",
             fontsize=LABEL_SIZE,
-            color=colour,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.6,
-                "alpha": 0.6,
-                "shrinkA": 0,
-                "shrinkB": 3,
-            },
+            color="0.15",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+            zorder=4,
         )
-        _settle(text, taken, inside, pixels)
-        written.append(text)
-    return written
-
-
-def _settle(text: Annotation, taken: list[Bbox], inside: Bbox, pixels: float) -> None:
-    """Move one label to the first place that is free, or where it covers least."""
-    canvas = text.get_figure(root=True).canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    text.arrow_patch.set_visible(False)
-    width = text.get_window_extent(canvas.get_renderer()).width  # type: ignore[attr-defined]
-    best, least = OFFSETS[0], np.inf
-    for dx, dy in OFFSETS:
-        # `dx` is the gap to the nearer edge, so that long labels start where short ones do.
-        offset = (dx + np.sign(round(dx, 6)) * (width / pixels / 2 - 4), dy)
-        text.set_position(offset)
-        box = text.get_window_extent(canvas.get_renderer()).padded(CLEARANCE)
-        covered = sum(_overlap(box, other) for other in taken)
-        covered += box.width * box.height - _overlap(box, inside)
-        if covered < least:
-            best, least = offset, covered
-        if covered <= 0.01:
-            break
-    text.set_position(best)
-    text.arrow_patch.set_visible(bool(np.hypot(*best) > LEADER_FROM + width / pixels / 2))
-    taken.append(text.get_window_extent(canvas.get_renderer()))
-
-
-def _overlap(one: Bbox, other: Bbox) -> float:
-    """Return the area two boxes share, in square pixels."""
-    common = Bbox.intersection(one, other)
-    return 0.0 if common is None else common.width * common.height
+        texts.append(text)
+        extent = text.get_window_extent()
+        sizes.append((extent.width + 2, extent.height + 2))  # and some air
+    for line in axes.lines:
+        if line.get_linestyle() == "-":  # the lines of `_join`, as a row of dots
+            ends = axes.transData.transform(line.get_xydata())
+            for start, end in pairwise(ends):
+                steps = np.linspace(0, 1, 2 + int(np.hypot(*(end - start)) / 5))[:, None]
+                obstacles.extend(box(start + steps * (end - start), np.full((1, 2), 2.0)))
+    inside = np.array(axes.get_window_extent().extents)
+    middles = place_labels(places, np.array(sizes), np.array(obstacles), inside)
+    back = axes.transData.inverted()
+    for text, place, middle, size in zip(texts, places, middles, sizes, strict=True):
+        text.set_position(tuple((middle - place) / pixels))
+        if np.hypot(*np.maximum(abs(middle - place) - np.array(size) / 2, 0)) > LEADER_FROM:
+            ends = back.transform([place, middle]).T
+            axes.plot(*ends, color="0.5", linewidth=0.6, zorder=2.5, scalex=False, scaley=False)
 
 
 def svg(figure: Figure, title: str) -> str:

@@ -71,17 +71,17 @@ def command(arguments: argparse.Namespace) -> int:
     """Run the command and return the exit status."""
     found = find_runs(arguments.folders)
     groups, replaced = group_runs(found.runs)
-    notes = [*_left_out(found, replaced), *_on_times(groups)]
+    left_out, on_times = list(_left_out(found, replaced)), list(_on_times(groups))
     if not groups:
         where = ", ".join(map(str, arguments.folders))
-        why = " ".join(notes) or "`python train.py` writes one into the folder of each run."
+        why = " ".join(left_out) or "`python train.py` writes one into the folder of each run."
         raise ui.UsageError(f"no finished run (report.json) at or below {where}. {why}")
     if arguments.out is not None:
-        _write(arguments.out, groups, notes)
+        _write(arguments.out, groups, on_times)  # without folders of this machine
     if arguments.json:
         ui.console().out(ui.json_text(_facts(groups, found, replaced)), end="")
     else:
-        _show(groups, notes)
+        _show(groups, [*left_out, *on_times])
     return 0
 
 
