@@ -324,7 +324,6 @@ def test_without_matplotlib_the_table_is_there_and_plots_say_what_to_install(
 
 
 def test_out_cannot_be_a_file(runs, capsys):
-    pytest.importorskip("matplotlib")
     status, _, err = call(capsys, "results", runs, "--out", runs / "nm" / "report.json")
     assert status == 2
     assert "is a file; name a folder" in err

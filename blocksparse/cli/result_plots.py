@@ -254,8 +254,8 @@ def _write_labels(figure: Figure, axes: Axes, marks: Sequence[tuple[Point, float
             zorder=4,
         )
         texts.append(text)
-        extent = text.get_window_extent()
-        sizes.append((extent.width + 2, extent.height + 2))  # and some air
+        written = text.get_window_extent()
+        sizes.append((written.width + 2, written.height + 2))  # and some air
     for line in axes.lines:
         if line.get_linestyle() == "-":  # the lines of `_join`, as a row of dots
             ends = axes.transData.transform(line.get_xydata())
@@ -265,9 +265,9 @@ def _write_labels(figure: Figure, axes: Axes, marks: Sequence[tuple[Point, float
     inside = np.array(axes.get_window_extent().extents)
     middles = place_labels(places, np.array(sizes), np.array(obstacles), inside)
     back = axes.transData.inverted()
-    for text, place, middle, size in zip(texts, places, middles, sizes, strict=True):
+    for text, place, middle, extent in zip(texts, places, middles, sizes, strict=True):
         text.set_position(tuple((middle - place) / pixels))
-        if np.hypot(*np.maximum(abs(middle - place) - np.array(size) / 2, 0)) > LEADER_FROM:
+        if np.hypot(*np.maximum(abs(middle - place) - np.array(extent) / 2, 0)) > LEADER_FROM:
             ends = back.transform([place, middle]).T
             axes.plot(*ends, color="0.5", linewidth=0.6, zorder=2.5, scalex=False, scaley=False)
 

@@ -168,6 +168,8 @@ def _on_times(groups: Sequence[Group]) -> Iterator[str]:
 
 def _write(folder: Path, groups: Sequence[Group], notes: Sequence[str]) -> None:
     """Write the page and its plots; nothing where one of them cannot be made."""
+    if folder.is_file():
+        raise ui.UsageError(f"--out {folder} is a file; name a folder")
     try:
         from blocksparse.cli.result_plots import against_bytes, against_latency
     except ImportError as error:
@@ -181,10 +183,7 @@ def _write(folder: Path, groups: Sequence[Group], notes: Sequence[str]) -> None:
         PLOTS["bytes"]: against_bytes(groups),
         "results.md": _page(groups, notes),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ui.UsageError(f"--out {folder} is a file; name a folder") from None
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         ui.write_whole(folder / name, text)
 
