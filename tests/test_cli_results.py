@@ -169,8 +169,9 @@ def test_other_numbers_of_threads_stay_apart(tmp_path, capsys):
 
 
 def test_a_run_below_two_of_the_folders_counts_once(runs, capsys):
-    rows = facts(capsys, runs, runs / "sweep")["rows"]
-    assert [len(row["runs"]) for row in rows] == [1, 3]
+    found = facts(capsys, runs, runs / "sweep")
+    assert [len(row["runs"]) for row in found["rows"]] == [1, 3]
+    assert not found["replaced"]
 
 
 def test_runs_that_are_in_no_row_are_named(runs, capsys):
