@@ -17,7 +17,23 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Accuracy", "Cost", "Latency", "Report", "Row", "Sizes", "Sparsity"]
+__all__ = [
+    "BUSY",
+    "DENSE_RUNTIME",
+    "SPARSE_RUNTIME",
+    "Accuracy",
+    "Cost",
+    "Latency",
+    "Report",
+    "Row",
+    "Sizes",
+    "Sparsity",
+]
+
+# Names of engines, and words of a remark, by which reports are read again.
+DENSE_RUNTIME = "dense, blocksparse"
+SPARSE_RUNTIME = "sparse, blocksparse"
+BUSY = "kept the machine busy"
 
 
 @dataclass(frozen=True)
@@ -153,6 +169,10 @@ class Report:
     ----------
     name
         The experiment.
+    command
+        What was typed, without what says only where things are; empty where it was not recorded.
+    seed
+        Of everything drawn at random.
     folder
         Where everything was written.
     files
@@ -173,6 +193,8 @@ class Report:
     """
 
     name: str
+    command: str
+    seed: int
     sparsity: Sparsity
     accuracy: Accuracy
     sizes: Sizes
@@ -248,14 +270,14 @@ class Report:
         if self.load is None or self.load <= self.cores + 0.5:
             return []
         return [
-            f"Other programs kept the machine busy (load {self.load:.1f} on {self.cores} "
+            f"Other programs {BUSY} (load {self.load:.1f} on {self.cores} "
             f"core{'s' if self.cores != 1 else ''}): do not trust the times above."
         ]
 
     def table(self) -> Table:
         """Return the closing table for a terminal, one screen of it."""
         table = Table(
-            title=f"{self.name}, {self.seconds:.0f} s in all",
+            title=f"{self.name}, seed {self.seed}, {self.seconds:.0f} s in all",
             title_justify="left",
             title_style="bold",
             box=box.HORIZONTALS,
@@ -283,7 +305,9 @@ class Report:
                 lines.append(f"| {indent}{row.name.strip()} | {row.value} | {row.note} |")
         for remark in self.remarks():
             lines += ["", remark]
-        lines += ["", f"Run in {self.seconds:.0f} s on {self.machine}.", ""]
+        if self.command:
+            lines += ["", f"Command: `{self.command}`"]
+        lines += ["", f"Seed {self.seed}, {self.seconds:.0f} s on {self.machine}.", ""]
         lines += [f"Written to `{self.folder}`:", ""]
         lines += [f"- `{path}`: {what}" for path, what in self.files.items()]
         return "\n".join(lines) + "\n"
@@ -293,6 +317,8 @@ class Report:
         sizes = {f"{key}_bytes": value for key, value in asdict(self.sizes).items()}
         return {
             "name": self.name,
+            "command": self.command,
+            "seed": self.seed,
             "sparsity": asdict(self.sparsity),
             "accuracy": asdict(self.accuracy),
             "sizes": sizes | {"metadata_bytes": self.sizes.metadata},

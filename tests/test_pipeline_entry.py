@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from blocksparse.pipeline import entry
 from blocksparse.pipeline.entry import resumed_config
 from blocksparse.pipeline.folders import RunFolder
 
@@ -69,6 +74,51 @@ def test_resumed_run_cannot_become_another(folder: RunFolder, override: str) -> 
 def test_resumed_run_takes_new_keys_with_a_plus_only(folder: RunFolder) -> None:
     with pytest.raises(ValueError, match=r"^callbacks\.lst=null: .*config\.yaml has no such key"):
         resumed_config(folder, ["callbacks.lst=null"], {"data"})
+
+
+class Hydra(NamedTuple):
+    """What `run_job` asks Hydra for."""
+
+    mode: RunMode
+    overrides: SimpleNamespace
+    runtime: SimpleNamespace
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str | None]]:
+    """Call `run_job` with overrides and return the commands that jobs were given."""
+    commands: list[str | None] = []
+
+    def job(cfg: object, folder: RunFolder, checkpoint: object, command: str | None) -> object:
+        commands.append(command)
+        return SimpleNamespace(accuracy=SimpleNamespace(runtime=0.5))
+
+    def call(mode: RunMode, path: Path, overrides: list[str], resume: Path | None = None) -> list:
+        runtime = SimpleNamespace(output_dir=str(path), choices={})
+        hydra = Hydra(mode, SimpleNamespace(task=overrides), runtime)
+        monkeypatch.setattr(entry.HydraConfig, "get", lambda: hydra)
+        cfg = OmegaConf.create({"resume": resume and str(resume), "task": {"name": "train"}})
+        assert entry.run_job(cfg) == 0.5
+        return commands
+
+    monkeypatch.setattr(entry, "run", job)
+    return call
+
+
+@pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
+def test_job_is_given_its_own_command(
+    mode: RunMode, given: Callable[..., list[str | None]], tmp_path: Path
+) -> None:
+    assert given(mode, tmp_path / "0", ["data=digits", "seed=2", "threads=1"]) == [
+        "python train.py data=digits seed=2"
+    ]
+
+
+def test_resumed_job_keeps_the_command_of_its_beginning(
+    given: Callable[..., list[str | None]], folder: RunFolder
+) -> None:
+    overrides = [f"resume={folder.path}", "data.root=/here"]
+    assert given(RunMode.RUN, folder.path, overrides, resume=folder.path) == [None]
 
 
 def train(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -171,6 +221,8 @@ def test_first_command_prints_only_its_own(tmp_path: Path) -> None:
     assert "Warning" not in done.stdout
     assert "lightning" not in done.stdout.lower()
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    (report,) = tmp_path.glob("runs/smoke/*/report.json")
+    assert json.loads(report.read_text())["command"] == "python train.py experiment=smoke"
 
 
 @pytest.mark.slow
@@ -181,4 +233,6 @@ def test_failing_job_leaves_the_rest_of_a_sweep_alone(tmp_path: Path) -> None:
     (sweep,) = tmp_path.glob("runs/smoke/*")
     made = sorted(path.parent.name for path in sweep.glob("*/report.json"))
     assert made == ["0", "2"]
+    third = json.loads((sweep / "2" / "report.json").read_text())
+    assert third["command"] == "python train.py experiment=smoke sparsity.target=0.75"
     assert not (sweep / "1" / "model.bsr.safetensors").exists()

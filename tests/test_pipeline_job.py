@@ -40,6 +40,8 @@ SMALL = [
     "report.threads=1",
 ]
 
+COMMAND = "python train.py sparsity.target=0.5"
+
 
 class StopAt(Callback):
     """Break off when a number of steps are done, as a power cut would."""
@@ -72,7 +74,7 @@ def rows(folder: RunFolder, logs: str) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Report]:
     folder = RunFolder(tmp_path_factory.mktemp("whole"))
-    return folder, run(configuration(), folder)
+    return folder, run(configuration(), folder, command=COMMAND)
 
 
 def test_writes_what_it_says_and_nothing_else(whole: tuple[RunFolder, Report]) -> None:
@@ -81,6 +83,7 @@ def test_writes_what_it_says_and_nothing_else(whole: tuple[RunFolder, Report]) -
     files = {"logs/*/events" if "tfevents" in name else name for name in files if "." in name}
     assert files == {
         "config.yaml",
+        "command.txt",
         "sparsity_plan.md",
         "sparsity_plan.json",
         "checkpoints/dense.ckpt",
@@ -98,6 +101,9 @@ def test_writes_what_it_says_and_nothing_else(whole: tuple[RunFolder, Report]) -
     }
     assert json.loads((folder.path / "report.json").read_text()) == report.to_dict()
     assert (folder.path / "report.md").read_text() == report.to_markdown()
+    assert (report.command, report.seed) == (COMMAND, 0)
+    assert folder.command.read_text() == COMMAND + "\n"
+    assert folder.command.name in report.files
 
 
 def test_saved_configuration_makes_the_same_run(whole: tuple[RunFolder, Report]) -> None:
@@ -192,10 +198,10 @@ def test_goes_on_where_it_was_broken_off(
         ),
     )
     with pytest.raises(RuntimeError, match="power cut"):
-        run(cfg, folder)
+        run(cfg, folder, command=COMMAND)
     assert not folder.checkpoint(stage).exists()
     cfg.callbacks.cut = None
-    run(cfg, folder)
+    assert run(cfg, folder).command == COMMAND
     for name in ("dense", "sparse"):
         expected = weights(whole[0], name)
         for key, value in weights(folder, name).items():
@@ -211,9 +217,12 @@ def test_finished_run_is_only_measured_again(
     folder = RunFolder(tmp_path / "run")
     shutil.copytree(whole[0].path, folder.path)
     folder.model.unlink()
+    folder.command.unlink()  # as runs of earlier versions are
     before = folder.checkpoint("sparse").read_bytes()
     report = run(configuration(), folder)
     assert report.accuracy == whole[1].accuracy
+    assert (report.command, report.seed) == ("", 0)
+    assert folder.command.name not in report.files
     assert folder.checkpoint("sparse").read_bytes() == before
     assert folder.model.read_bytes()
     assert not (folder.path / "logs" / "sparse_2").exists()

@@ -14,6 +14,8 @@ from blocksparse.report import Accuracy, Cost, Latency, Report, Sizes, Sparsity
 
 REPORT = Report(
     name="digits",
+    command="python train.py experiment=digits seed=3",
+    seed=3,
     sparsity=Sparsity(pattern="block 8x8 shared", target=0.75, reached=0.7503, layers=6),
     accuracy=Accuracy(dense=0.98333, sparse=0.98056, runtime=0.98056, images=360),
     sizes=Sizes(dense_checkpoint=1_207_989, exported_file=316_832, values=303_144, indices=4_856),
@@ -89,6 +91,16 @@ def test_page_is_a_table_of_three_columns() -> None:
 def test_page_says_where_things_are() -> None:
     assert lines_with(REPORT.to_markdown(), "- `model.bsr.safetensors`: the network")
     assert "Written to `runs/digits/now`" in REPORT.to_markdown()
+
+
+def test_says_what_was_typed_and_the_seed() -> None:
+    assert "digits, seed 3, 87 s in all" in terminal(REPORT)
+    assert lines_with(REPORT.to_markdown(), "Command: `python train.py experiment=digits seed=3`")
+    assert lines_with(REPORT.to_markdown(), "Seed 3, 87 s on a processor")
+    values = REPORT.to_dict()
+    assert (values["command"], values["seed"]) == (REPORT.command, 3)
+    old = dataclasses.replace(REPORT, command="")
+    assert "Command" not in old.to_markdown()
 
 
 def test_json_holds_every_figure_under_its_unit() -> None:

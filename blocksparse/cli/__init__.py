@@ -1,4 +1,4 @@
-"""The command line: `blocksparse info | verify | run | bench | profile | what-if | machine`.
+"""The command line: `blocksparse info | verify | run | bench | ...`, one module per command.
 
 It needs no training library. Exit status: 0, done, and what was checked is sound; 1, the file is
 not sound or the work failed; 2, the command cannot be used as it was typed. An error is one line
@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from blocksparse.cli import bench, info, machine, profile, run, verify, what_if
+from blocksparse.cli import bench, info, machine, profile, results, run, verify, what_if
 from blocksparse.cli.console import CommandError, UsageError, error_console, one_line
 
 EXAMPLES = """\
@@ -24,6 +24,7 @@ examples:
   blocksparse profile model.bsr.safetensors             where the time goes, layer by layer
   blocksparse what-if resnet50                          what sparsity would bring here
   blocksparse machine                                   what this machine can do at most
+  blocksparse results runs                              finished runs of train.py, compared
 
 exit status: 0 sound and done; 1 the file is not sound, or the work failed; 2 wrong command line
 
@@ -34,13 +35,14 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="blocksparse",
-        description="Look into, check, run and time an exported model file (*.bsr.safetensors).",
+        description="Look into, check, run and time an exported model file (*.bsr.safetensors), "
+        "and compare finished runs.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for module in (info, verify, run, bench, profile, what_if, machine):
+    for module in (info, verify, run, bench, profile, what_if, machine, results):
         module.add_parser(commands)
     return parser
 

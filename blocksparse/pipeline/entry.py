@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigAttributeError
 from rich.text import Text
 
 from blocksparse.pipeline import allocate_job, scan_job
+from blocksparse.pipeline.command import command_line
 from blocksparse.pipeline.console import console
 from blocksparse.pipeline.folders import STAGES, RunFolder, resume_point
 from blocksparse.pipeline.job import run
@@ -62,7 +63,7 @@ def run_job(cfg: DictConfig) -> float:
     single = hydra.mode == RunMode.RUN
     _log.info("overrides: %s", " ".join(hydra.overrides.task) or "none")
     try:
-        checkpoint = None
+        checkpoint = command = None
         if cfg.resume is not None:
             if not single:
                 raise ValueError("resume= goes on with one run: leave out -m (--multirun)")
@@ -73,7 +74,9 @@ def run_job(cfg: DictConfig) -> float:
                 f"{folder} already holds a run. Go on with it by resume={folder}, or "
                 "start another with another name=... or another moment"
             )
-        return _run_task(cfg, folder, checkpoint)
+        else:
+            command = command_line(hydra.overrides.task)
+        return _run_task(cfg, folder, checkpoint, command)
     except (KeyboardInterrupt, SystemExit):
         if any(path.exists() for path in (*map(folder.last, STAGES), folder.scan)):
             console.print(f"Interrupted. Go on with: python train.py resume={folder}")
@@ -88,11 +91,13 @@ def run_job(cfg: DictConfig) -> float:
         raise  # Hydra goes on with the other jobs of the sweep, and reports this one at the end
 
 
-def _run_task(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> float:
+def _run_task(
+    cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, command: str | None
+) -> float:
     """Run what ``task=`` names, and return its figure for sweepers."""
     name = OmegaConf.select(cfg, "task.name", default="train")  # older runs have no task
     if name == "train":
-        return run(cfg, folder, checkpoint).accuracy.runtime
+        return run(cfg, folder, checkpoint, command).accuracy.runtime
     if name == "sensitivity":
         return scan_job.run(cfg, folder)
     if name == "allocate":

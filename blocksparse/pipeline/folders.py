@@ -33,6 +33,11 @@ class RunFolder:
         """The resolved configuration, as YAML."""
         return self.path / "config.yaml"
 
+    @property
+    def command(self) -> Path:
+        """The command the run was started with; runs of earlier versions have none."""
+        return self.path / "command.txt"
+
     def __str__(self) -> str:
         """Return the path as one would type it here."""
         here = Path.cwd()
@@ -73,10 +78,12 @@ class RunFolder:
         """Return what a finished run leaves: path relative to the folder -> a few words on it."""
         permuted = (self.path / "permutation.json").exists()
         order = {"permutation.md, .json": "what each layer gained by the order of its channels"}
+        typed = {self.command.name: "the command, without what only this machine needs"}
         return {
             self.model.name: "the network, for blocksparse.load",
             "report.md, report.json": "the table above",
             "config.yaml": "the whole configuration",
+            **(typed if self.command.exists() else {}),
             "sparsity_plan.md, .json": "what was pruned, layer by layer",
             **(order if permuted else {}),
             "checkpoints/": "dense and sparse weights; states to resume from",

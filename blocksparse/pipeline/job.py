@@ -27,6 +27,7 @@ from blocksparse.pipeline.stages import Stage, save_weights
 from blocksparse.report import Report
 from blocksparse.sparsity import Plan, checkpoint_plan
 from blocksparse.sparsity.state import STATE_KEY
+from blocksparse.sparsity.whole_file import write_whole
 from blocksparse.training import load_weights, read_weights
 from blocksparse.training.sparsity_callback import SparsityCallback
 
@@ -35,7 +36,12 @@ __all__ = ["run"]
 _log = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None = None) -> Report:
+def run(
+    cfg: DictConfig,
+    folder: RunFolder,
+    checkpoint: Path | None = None,
+    command: str | None = None,
+) -> Report:
     """Train, prune, export, verify and measure.
 
     What `folder` holds already, from a run that was interrupted, is not done again.
@@ -48,6 +54,9 @@ def run(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None = None) -> R
         Where everything goes.
     checkpoint
         The checkpoint in `folder` to go on from; by default the last one of the stage under way.
+    command
+        What was typed, for the report. None for a run that goes on: that of its beginning, which
+        lies in its folder, counts.
 
     Returns
     -------
@@ -65,7 +74,7 @@ def run(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None = None) -> R
     with threads(cfg.threads):
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         job = _Job(cfg, folder, checkpoint)
-        job.announce()
+        job.announce(command)
         dense = job.train_dense()
         sparse, plan = job.prune(dense)
         export = job.export(sparse, plan)
@@ -91,10 +100,12 @@ class _Job:
         # Now, so that a mistake shows before the dense training.
         self.target = self.pruning.plan_for(self.network).target
 
-    def announce(self) -> None:
-        """Print what was decided, and save the configuration."""
+    def announce(self, command: str | None) -> None:
+        """Print what was decided, and save the command, where it is new, and configuration."""
         cfg, data, folder = self.cfg, self.data, self.folder
         folder.path.mkdir(parents=True, exist_ok=True)
+        if command is not None:  # before the configuration, without which nothing goes on
+            write_whole(folder.command, command + "\n")
         folder.config.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
         images = [len(loader.source) for loader in (data.train_dataloader(), data.val_dataloader())]
         shape = "x".join(map(str, data.input_shape))
@@ -208,6 +219,8 @@ class _Job:
         )
         return Report(
             name=cfg.name,
+            command=folder.command.read_text("utf-8").strip() if folder.command.exists() else "",
+            seed=cfg.seed,
             sparsity=measure.sparsity_of(plan, sparse),
             accuracy=measure.accuracies(measure.accuracy(dense, self._validation()), export),
             sizes=measure.sizes(folder.checkpoint("dense"), export),

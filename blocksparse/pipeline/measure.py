@@ -13,16 +13,21 @@ from torch import nn
 from blocksparse.export import ExportReport
 from blocksparse.format import Model
 from blocksparse.perf import cost, interleave, total
-from blocksparse.report import Accuracy, Cost, Latency, Sizes, Sparsity
+from blocksparse.report import (
+    DENSE_RUNTIME,
+    SPARSE_RUNTIME,
+    Accuracy,
+    Cost,
+    Latency,
+    Sizes,
+    Sparsity,
+)
 from blocksparse.runtime import load
 from blocksparse.sparsity import Plan
 
 __all__ = ["DENSE_PYTORCH", "accuracies", "accuracy", "latencies", "sizes", "sparsity_of", "work"]
 
 DENSE_PYTORCH = "dense, PyTorch eager"
-DENSE_RUNTIME = "dense, blocksparse"
-SPARSE_RUNTIME = "sparse, blocksparse"
-
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
