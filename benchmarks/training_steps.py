@@ -148,11 +148,14 @@ class Step:
     ----------
     seen : list of dict of str to float
         Of each step so far, the seconds of each of `PARTS`.
+    cpu : list of float
+        Of each step so far, the seconds that all threads of this process computed.
     """
 
     def __init__(self, variant: Variant, network: nn.Module, batches: Batches) -> None:
         self.variant = variant
         self.seen: list[dict[str, float]] = []
+        self.cpu: list[float] = []
         self._batches = batches
         self._keys = itertools.cycle(batches.keys)
         model, teacher = copy.deepcopy(network), _Timed(copy.deepcopy(network))
@@ -177,8 +180,10 @@ class Step:
         """Train on the next batch."""
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(self.variant.deterministic)
+        start = time.process_time()
         try:
             self.seen.append(dict(zip(PARTS, self._parts(), strict=True)))
+            self.cpu.append(time.process_time() - start)
         finally:
             torch.use_deterministic_algorithms(before)
 
@@ -189,6 +194,7 @@ class Step:
             self()
         seconds = sum(self.seen[-1].values())
         self.seen.clear()
+        self.cpu.clear()
         return seconds
 
     def _parts(self) -> list[float]:

@@ -75,12 +75,13 @@ def test_every_variant_takes_the_same_step(data, network):
 def test_parts_add_up_to_the_step(data, network):
     step = Step(BASELINE, network, Batches.of(data[True]))
     assert step.first() > 0
-    assert step.seen == []  # it set up memory
+    assert step.seen == step.cpu == []  # it set up memory
     for _ in range(3):
         start = time.perf_counter()
         step()
         elapsed = time.perf_counter() - start
         assert 0.5 * elapsed < sum(step.seen[-1].values()) <= elapsed
+        assert step.cpu[-1] > 0
 
 
 def test_decoding_opens_the_files_of_a_batch(data, monkeypatch):
@@ -139,8 +140,14 @@ def timing(ms, spread=1.0):
 
 def result(spread=1.0):
     parts = {part: timing(ms) for part, ms in zip(PARTS, (1, 20, 24, 50, 4, 1), strict=True)}
-    rows = (Row("contiguous", timing(100.0), parts), Row("channels-last", timing(80.0), parts))
-    rows += (Row("busy", timing(200.0, spread), parts),)
+    rows = tuple(
+        Row(name, taken, timing(cpu), parts)
+        for name, taken, cpu in (
+            ("contiguous", timing(100.0), 90.0),
+            ("channels-last", timing(80.0), 60.0),
+            ("busy", timing(200.0, spread), 100.0),
+        )
+    )
     return Result(
         "resnet20", 32, 32, 128, 1, "today", "here", "command", rows, timing(40.0), ("x failed",)
     )
@@ -149,7 +156,7 @@ def result(spread=1.0):
 def test_page():
     text = page(result())
     assert "| backward | 50.0 | 50.0 to 50.0 | 2560 | 50.0 % |" in text
-    assert "| channels-last | 80.0 | 80.0 to 80.0 | 1600 | 1.25 |" in text
+    assert "| channels-last | 80.0 | 80.0 to 80.0 | 1600 | 1.25 | 60.0 | 1.50 |" in text
     assert "| channels-last | 1.0 | 20.0 | 24.0 | 50.0 | 4.0 | 1.0 |" in text
     assert "files of a batch (PNG, 32x32 pixels)" in text
     assert "X failed." in text
