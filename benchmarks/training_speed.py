@@ -13,81 +13,17 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.compare import RESULTS
 from benchmarks.stage import say, stage
-from benchmarks.tables import busy, grid
-from benchmarks.training_variants import BASELINE, OTHERS, PARTS
+from benchmarks.tables import QUIET, busy, grid
+from benchmarks.training_figures import BASELINE, OTHERS, PARTS, Result, Row
 from blocksparse.cli import console as ui
 from blocksparse.perf import Timing, describe_machine, interleave, usable_cores
 
 SLOW = 5.0  # times the first variant from which one step says enough
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one variant took.
-
-    Attributes
-    ----------
-    name : str
-        Of the variant.
-    timing : Timing
-        Milliseconds per step.
-    cpu : Timing
-        Milliseconds that all threads computed, which other programs hardly change.
-    parts : mapping of str to Timing
-        Milliseconds of each of `PARTS`.
-    """
-
-    name: str
-    timing: Timing
-    cpu: Timing
-    parts: dict[str, Timing]
-
-
-@dataclass(frozen=True)
-class Result:
-    """Everything the page says.
-
-    Attributes
-    ----------
-    model, image, side, batch, threads
-        What was measured: network, height and width of its input and of the image files in pixels,
-        images of a step, threads of PyTorch.
-    date, machine, command : str
-        When, where, and the command line that does it again.
-    rows : tuple of Row
-        One per variant, the one that all are compared with first.
-    decoding : Timing
-        Milliseconds to decode the files of one batch, and nothing else.
-    left_out : tuple of str
-        One line per variant that did not take part.
-    """
-
-    model: str
-    image: int
-    side: int
-    batch: int
-    threads: int
-    date: str
-    machine: str
-    command: str
-    rows: tuple[Row, ...]
-    decoding: Timing
-    left_out: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """File name of the results; the same on every machine."""
-        parts = (f"training-{self.model}", f"image{self.image}", f"batch{self.batch}")
-        return "-".join([*parts, f"threads{self.threads}"])
-
-    def ratio(self, row: Row) -> float:
-        """Return how many times as fast as the first variant a row is, by the medians."""
-        return self.rows[0].timing.median_ms / row.timing.median_ms
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -262,6 +198,13 @@ def page(result: Result) -> str:
     for line in result.left_out:
         lines += ["", f"{line[0].upper()}{line[1:]}."]
     lines += busy({row.name: row.timing for row in result.rows})
+    share = first.cpu.median_ms / first.timing.median_ms
+    if share * QUIET < 1:  # steady load makes no wide quartiles
+        lines += [
+            "",
+            f"**Not to be quoted.** The machine was busy: the process had {share:.2f} of a core. "
+            "Ratios of CPU times are what can be trusted of this page.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -270,7 +213,7 @@ def _cells(name: str, timing: Timing, batch: int) -> tuple[str, ...]:
         name,
         f"{timing.median_ms:.1f}",
         f"{timing.q1_ms:.1f} to {timing.q3_ms:.1f}",
-        f"{1e3 * batch / timing.median_ms:.0f}" if timing.median_ms else "",
+        f"{1e3 * batch / timing.median_ms:.1f}" if timing.median_ms else "",
     )
 
 

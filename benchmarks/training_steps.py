@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.training_variants import PARTS, Variant
+from benchmarks.training_figures import PARTS, Variant
 from blocksparse.sparsity import Block, MaskedWeights, resolve
 from blocksparse.training import Classifier, Distillation, ImageFolder
 from blocksparse.training.data.files import read_image, to_pixels

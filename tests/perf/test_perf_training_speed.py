@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks.training_speed import Result, Row, main, page
+from benchmarks.training_figures import BASELINE, OTHERS, PARTS, Result, Row, Variant
+from benchmarks.training_speed import main, page
 from benchmarks.training_steps import Batches, Decoding, Step, make_data, write_pictures
-from benchmarks.training_variants import BASELINE, OTHERS, PARTS, Variant
 from blocksparse.perf import Timing
 from blocksparse.training import build_model
 
@@ -138,12 +138,12 @@ def timing(ms, spread=1.0):
     return Timing(ms, ms, ms * spread, ms, 7)
 
 
-def result(spread=1.0):
+def result(spread=1.0, cpu=90.0):
     parts = {part: timing(ms) for part, ms in zip(PARTS, (1, 20, 24, 50, 4, 1), strict=True)}
     rows = tuple(
-        Row(name, taken, timing(cpu), parts)
-        for name, taken, cpu in (
-            ("contiguous", timing(100.0), 90.0),
+        Row(name, taken, timing(own), parts)
+        for name, taken, own in (
+            ("contiguous", timing(100.0), cpu),
             ("channels-last", timing(80.0), 60.0),
             ("busy", timing(200.0, spread), 100.0),
         )
@@ -155,10 +155,12 @@ def result(spread=1.0):
 
 def test_page():
     text = page(result())
-    assert "| backward | 50.0 | 50.0 to 50.0 | 2560 | 50.0 % |" in text
-    assert "| channels-last | 80.0 | 80.0 to 80.0 | 1600 | 1.25 | 60.0 | 1.50 |" in text
+    assert "| backward | 50.0 | 50.0 to 50.0 | 2560.0 | 50.0 % |" in text
+    assert "| channels-last | 80.0 | 80.0 to 80.0 | 1600.0 | 1.25 | 60.0 | 1.50 |" in text
     assert "| channels-last | 1.0 | 20.0 | 24.0 | 50.0 | 4.0 | 1.0 |" in text
     assert "files of a batch (PNG, 32x32 pixels)" in text
     assert "X failed." in text
     assert "Not to be quoted" not in text
     assert "**Not to be quoted.** The machine was busy: the quartiles of busy" in page(result(1.3))
+    # Steady load makes no wide quartiles, but the process waits for a core.
+    assert "the process had 0.40 of a core" in page(result(cpu=40.0))
