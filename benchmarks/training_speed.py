@@ -125,8 +125,9 @@ def measure(chosen: argparse.Namespace, root: Path) -> Result:
             Row(
                 name,
                 timings[name],
-                Timing.of(step.cpu),
-                {part: Timing.of([times[part] for times in step.seen]) for part in PARTS},
+                # Of each turn, the second step, which is the one that `interleave` times.
+                Timing.of(step.cpu[1::2]),
+                {part: Timing.of([times[part] for times in step.seen[1::2]]) for part in PARTS},
             )
             for name, step in steps.items()
         ),
@@ -199,7 +200,8 @@ def page(result: Result) -> str:
         lines += ["", f"{line[0].upper()}{line[1:]}."]
     lines += busy({row.name: row.timing for row in result.rows})
     share = first.cpu.median_ms / first.timing.median_ms
-    if share * QUIET < 1:  # steady load makes no wide quartiles
+    # Steady load makes no wide quartiles. How much several threads should compute is not known.
+    if result.threads == 1 and share * QUIET < 1:
         lines += [
             "",
             f"**Not to be quoted.** The machine was busy: the process had {share:.2f} of a core. "

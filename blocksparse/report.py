@@ -7,7 +7,6 @@ as a table for the terminal and as Markdown, and the figures themselves as JSON.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from blocksparse.whole_file import write_whole
 
 __all__ = [
     "BUSY",
@@ -339,15 +340,8 @@ class Report:
 
     def save(self, folder: Path) -> None:
         """Write ``report.md`` and ``report.json`` into `folder`, each whole or not at all."""
-        _replace(folder / "report.md", self.to_markdown())
-        _replace(folder / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write `text` beside `path` and rename it into place."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+        write_whole(folder / "report.md", self.to_markdown())
+        write_whole(folder / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 def _percent(share: float, digits: int = 2) -> str:

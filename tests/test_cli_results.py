@@ -80,6 +80,30 @@ def facts(capsys, *arguments):
     return json.loads(out)
 
 
+def test_files_of_one_name_in_two_places_are_two_rows(tmp_path, capsys):
+    """A command has only the last part of a path; the configuration has all of it."""
+    for seed, place in enumerate(("a", "b")):
+        path = tmp_path / place
+        save(path, f"python train.py model.weights=dense.ckpt seed={seed}", config=False)
+        weights = f"  weights: /runs/{place}/dense.ckpt\n"
+        (path / "config.yaml").write_text(CONFIG.format("resnet20") + weights)
+    assert [len(row["runs"]) for row in facts(capsys, tmp_path)["rows"]] == [1, 1]
+
+
+def test_times_of_one_machine_count(tmp_path, capsys):
+    for seed, (machine, factor) in enumerate((("fast", 1), ("slow", 10), ("slow", 12))):
+        times = [dataclasses.replace(x, median_ms=x.median_ms * factor) for x in REPORT.latencies]
+        save(
+            tmp_path / str(seed),
+            f"python train.py seed={seed}",
+            machine=machine,
+            load=0.0,
+            latencies=tuple(times),
+        )
+    (row,) = facts(capsys, tmp_path)["rows"]
+    assert row["ms"] == pytest.approx(11 * REPORT.latencies[-1].median_ms)
+
+
 def test_seeds_share_a_row(runs, capsys):
     rows = facts(capsys, runs)["rows"]
     assert [(row["pattern"], len(row["runs"])) for row in rows] == [
@@ -181,7 +205,7 @@ def test_runs_that_are_in_no_row_are_named(runs, capsys):
         (folder / ".hydra" / "config.yaml").write_text("seed: 0\n")
         (folder / "config.yaml").write_text(f"task:\n  name: {task}\nseed: 0\n")
     _, out, _ = call(capsys, "results", runs)
-    assert f"{broken_off}: not finished" in out
+    assert f"{broken_off}: still running, or broken off" in out
     assert f"python train.py resume={broken_off}" in out
     assert f"{scan}: task=sensitivity, which ends without a closing report" in out
     assert ".hydra" not in out
@@ -211,7 +235,7 @@ def test_nothing_to_compare_is_an_error(tmp_path, capsys):
     assert (status, out) == (2, "")
     assert f"no finished run (report.json) at or below {tmp_path}" in err
     (tmp_path / "config.yaml").write_text("seed: 0\n")
-    assert "not finished" in call(capsys, "results", tmp_path)[2]
+    assert "broken off" in call(capsys, "results", tmp_path)[2]
     status, _, err = call(capsys, "results", tmp_path / "nowhere")
     assert status == 2
     assert "nowhere does not exist" in err

@@ -15,21 +15,32 @@ from blocksparse.runtime.kernels import microkernels
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "blocksparse"
-PARTS_WITHOUT_TORCH = ("format", "runtime", "perf", "cli", "report", "__init__")
+PARTS_WITHOUT_TORCH = ("format", "runtime", "perf", "cli", "report", "whole_file", "__init__")
 
 # Which parts of blocksparse a part may import, and which packages of others. A part is a
 # sub-package or a module directly below blocksparse/. Nobody imports `cli`.
-EVERYTHING = {"format", "runtime", "perf", "sparsity", "training", "export", "pipeline", "report"}
+EVERYTHING = {
+    "format",
+    "runtime",
+    "perf",
+    "sparsity",
+    "training",
+    "export",
+    "pipeline",
+    "report",
+    "whole_file",
+}
 OURS: dict[str, set[str]] = {
     "__init__": {"format", "runtime"},
     "format": set(),
     "runtime": {"format"},
     "perf": {"format", "runtime"},
-    "cli": {"format", "runtime", "perf", "report"},
-    "sparsity": set(),
+    "cli": {"format", "runtime", "perf", "report", "whole_file"},
+    "sparsity": {"whole_file"},
     "training": {"sparsity"},
     "export": {"sparsity", "format", "runtime"},
-    "report": set(),
+    "report": {"whole_file"},
+    "whole_file": set(),
     "pipeline": EVERYTHING,
 }
 TRAINING = {"numpy", "torch", "torchvision", "lightning", "sklearn", "safetensors", "PIL", "rich"}
@@ -43,6 +54,7 @@ THEIRS: dict[str, set[str]] = {
     "training": TRAINING,
     "export": {"numpy", "torch"},
     "report": {"rich"},
+    "whole_file": set(),
     "pipeline": TRAINING | {"hydra", "omegaconf", "matplotlib"},
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from blocksparse import whole_file
 
 PIPE_WIDTH = 200  # columns where the output is a file or a pipe: nothing is cut off
 
@@ -192,7 +193,7 @@ def json_text(tree: Any) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name beside `path` and rename it.
+    """Write a text file whole or not at all, into a folder that is there.
 
     Raises
     ------
@@ -201,9 +202,4 @@ def write_whole(path: Path, text: str) -> None:
     """
     if not path.parent.is_dir():
         raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    whole_file.write_whole(path, text)

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 from blocksparse.cli.console import CommandError, UsageError
 from blocksparse.report import BUSY, DENSE_RUNTIME, SPARSE_RUNTIME
 
-__all__ = ["Found", "Group", "Network", "Run", "find_runs", "group_runs"]
+__all__ = ["Found", "Group", "Network", "Run", "find_runs", "group_runs", "labels", "without_seed"]
 
+SOURCE = re.compile(r"^ +(?:root|weights|path): (.+)$", re.MULTILINE)
 SEED = re.compile(r"(\+{0,2})seed=(.*)")
 TRAINING_TASK = "train"  # the only one that ends with a closing report
 
@@ -49,8 +51,14 @@ class Run:
     ----------
     folder
         Where the report lies.
+    name
+        The experiment.
     command, seed
         What was typed, empty where it was not recorded, and None for a seed that was not.
+    sources
+        Paths of data, weights and allocation, whole: the command has only their last part.
+    network, pattern
+        What was pruned, and which of its weights are zero together.
     sparsity, flops_gone, dense, top1
         Shares in 0..1: prunable weights and FLOPs that are gone, images classified correctly by
         the dense network and by the exported file.
@@ -68,6 +76,7 @@ class Run:
     name: str
     command: str
     seed: int | None
+    sources: tuple[str, ...]
     network: Network
     pattern: str
     sparsity: float
@@ -130,9 +139,12 @@ class Group:
     def time(self, figure: Callable[[Run], float]) -> float:
         """Return the median of a figure that is a time, over the runs whose times can be trusted.
 
-        Where none can be, it is over all of them; see `busy`.
+        Where none can be, it is over all of them; see `busy`. Of several machines, the one that
+        most of them were timed on counts.
         """
-        return statistics.median(figure(run) for run in self.runs if self.busy or not run.busy)
+        timed = [run for run in self.runs if self.busy or not run.busy]
+        machine = Counter(run.machine for run in timed).most_common(1)[0][0]
+        return statistics.median(figure(run) for run in timed if run.machine == machine)
 
 
 @dataclass(frozen=True)
@@ -191,7 +203,7 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[tuple[Run, Run]]]
     Parameters
     ----------
     runs
-        The later one counts where two have the same command and seed: it would be no other draw.
+        The later one here counts where two have the same command and seed: it is no other draw.
 
     Returns
     -------
@@ -205,7 +217,8 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[tuple[Run, Run]]]
     for run in runs:
         recorded = bool(run.command)
         # Accuracies of any machine compare; times of different numbers of threads do not.
-        key = (without_seed(run.command), run.threads) if recorded else (run.folder,)
+        what = (run.network, run.pattern, run.sources)
+        key = (without_seed(run.command), *what, run.threads) if recorded else (run.folder,)
         members = groups.setdefault(key, {})
         if run.seed in members:
             replaced.append((members[run.seed], run))
@@ -273,6 +286,7 @@ def _run(folder: Path, report: Any, config: str) -> Run:
         name=str(report["name"]),
         command=str(report.get("command", "")),  # reports of earlier versions have neither
         seed=int(report["seed"]) if "seed" in report else None,
+        sources=tuple(SOURCE.findall(config)),
         network=Network(
             model=_setting(config, "model", "name"),
             data=Path(root).name or source,
@@ -296,7 +310,7 @@ def _run(folder: Path, report: Any, config: str) -> Run:
 
 
 def labels(networks: Sequence[Network]) -> dict[Network, str]:
-    """Return a short name for each dense network that no other one has."""
+    """Return a name for each dense network: the shortest kind that tells them apart."""
     candidates: tuple[Callable[[Network], str], ...] = (
         lambda network: network.model,
         lambda network: f"{network.model}, {network.data}",

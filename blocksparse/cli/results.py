@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -136,8 +137,8 @@ def _left_out(found: Found, replaced: Sequence[tuple[Run, Run]]) -> Iterator[str
     """Say which runs are in no row, and why."""
     for folder in found.unfinished:
         yield (
-            f"{folder}: not finished, so not in the table. Go on with it: "
-            f"python train.py resume={folder}"
+            f"{folder}: still running, or broken off, so not in the table. Go on with one that was "
+            f"broken off: python train.py resume={shlex.quote(str(folder))}"
         )
     for folder, task in found.other:
         yield f"{folder}: task={task}, which ends without a closing report."

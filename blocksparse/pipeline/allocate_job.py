@@ -34,7 +34,7 @@ from blocksparse.pipeline.setup import check, threads
 from blocksparse.pipeline.trials import Trial, timed_together, try_out
 from blocksparse.sparsity import ERK, Allocation, Global, Uniform
 from blocksparse.sparsity.knapsack import Infeasible, Solution
-from blocksparse.sparsity.whole_file import write_whole
+from blocksparse.whole_file import write_whole
 
 __all__ = ["run"]
 

@@ -12,7 +12,8 @@ from hydra.core.override_parser.types import Override
 __all__ = ["command_line"]
 
 # What says where things are, or how a run is carried out, with all keys and choices below. Of
-# `trainer`, only what leaves the result alone: precision or fewer batches make another network.
+# `trainer`, only what leaves the result alone: precision, fewer batches, or more devices, each of
+# which takes a batch, make another network. So may callbacks.
 LEFT_OUT = (
     "hydra",
     "paths",
@@ -20,9 +21,7 @@ LEFT_OUT = (
     "threads",
     "report",
     "logger",
-    "callbacks",
     "trainer.accelerator",
-    "trainer.devices",
     "trainer.log_every_n_steps",
     "trainer.check_val_every_n_epoch",
     "trainer.limit_val_batches",
@@ -41,8 +40,8 @@ def command_line(overrides: Sequence[str]) -> str:
     Returns
     -------
     str
-        Such as ``python train.py experiment=x seed=1``. Of absolute paths only the last part is
-        kept, so that nothing of the machine goes in.
+        Such as ``python train.py experiment=x seed=1``. A value that is an absolute path is
+        shortened to its last part.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     kept = [_portable(override) for override in parsed if not _is_left_out(override)]

@@ -27,7 +27,8 @@ __all__ = ["run_job"]
 
 _log = logging.getLogger(__name__)
 
-# What may be changed when a run goes on, with all keys below: none of it changes what is learned.
+# What may be changed when a run goes on, with all keys below. None of it changes what is learned
+# but the number of devices, each of which takes a batch.
 FREE_KEYS = (
     "trainer.accelerator",
     "trainer.devices",

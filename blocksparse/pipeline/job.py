@@ -27,9 +27,9 @@ from blocksparse.pipeline.stages import Stage, save_weights
 from blocksparse.report import Report
 from blocksparse.sparsity import Plan, checkpoint_plan
 from blocksparse.sparsity.state import STATE_KEY
-from blocksparse.sparsity.whole_file import write_whole
 from blocksparse.training import load_weights, read_weights
 from blocksparse.training.sparsity_callback import SparsityCallback
+from blocksparse.whole_file import write_whole
 
 __all__ = ["run"]
 
@@ -106,7 +106,7 @@ class _Job:
         folder.path.mkdir(parents=True, exist_ok=True)
         if command is not None:  # before the configuration, without which nothing goes on
             write_whole(folder.command, command + "\n")
-        folder.config.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+        write_whole(folder.config, OmegaConf.to_yaml(cfg, resolve=True))
         images = [len(loader.source) for loader in (data.train_dataloader(), data.val_dataloader())]
         shape = "x".join(map(str, data.input_shape))
         weights = sum(parameter.numel() for parameter in self.network.parameters())

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from blocksparse.sparsity.sensitivity import Row
-from blocksparse.sparsity.whole_file import write_whole
+from blocksparse.whole_file import write_whole
 
 __all__ = ["COLUMNS", "ScanFiles", "fingerprint"]
 

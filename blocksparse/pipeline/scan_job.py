@@ -25,6 +25,7 @@ from blocksparse.sparsity import Plan, pattern_to_json
 from blocksparse.sparsity.knapsack import Infeasible
 from blocksparse.sparsity.sensitivity import Row, points, scan
 from blocksparse.training import ImageData
+from blocksparse.whole_file import write_whole
 
 __all__ = ["Subject", "prepare", "run", "scanned"]
 
@@ -128,8 +129,7 @@ def prepare(cfg: DictConfig, folder: RunFolder) -> Subject:
     evaluate = CalibrationLoss(
         data, cfg.task.images, cfg.task.batchnorm_batches, channels_last=cfg.channels_last
     )
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.config.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    write_whole(folder.config, OmegaConf.to_yaml(cfg, resolve=True))
     count = evaluate.images
     rows = {
         "network": f"{cfg.model.name}, weights from {cfg.model.weights}",

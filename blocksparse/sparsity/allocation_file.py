@@ -25,7 +25,7 @@ from blocksparse.sparsity.allocation import (
     weights_for,
 )
 from blocksparse.sparsity.layers import FoundLayer
-from blocksparse.sparsity.whole_file import write_whole
+from blocksparse.whole_file import write_whole
 
 
 @dataclass(frozen=True)

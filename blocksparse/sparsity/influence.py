@@ -62,6 +62,8 @@ def influences(network: nn.Module, images: Tensor, layers: Collection[str]) -> d
                 logits = network(batch.detach().requires_grad_())
                 signs = torch.randint(0, 2, logits.shape, generator=generator) * 2 - 1
                 made = [(name, output) for name in list(outputs) for output in outputs.pop(name)]
+                if not made:  # none of the layers runs; who prunes them says so
+                    continue
                 gradients = torch.autograd.grad(
                     logits, [output for _, output in made], signs.to(logits), allow_unused=True
                 )

@@ -3,9 +3,9 @@
 Layer by layer, the outputs of the dense network are the goal: of all weights with zeros where the
 mask has them, those are taken that come closest to it on the calibration images, by least squares.
 A unit is worth what that distance grows by when it goes, each output channel counting for what the
-logits move with it. This is Hassibi and Stork's optimal brain
-surgeon (NIPS 1992), for whole units as in Optimal Brain Compression (Frantar and Alistarh, arXiv
-2208.11580), with layers in order of execution as in SparseGPT (arXiv 2301.00774).
+logits move with it. This is Hassibi and Stork's optimal brain surgeon (NIPS 1992), for whole units
+as in Optimal Brain Compression (Frantar and Alistarh, arXiv 2208.11580), with layers in order of
+execution as in SparseGPT (arXiv 2301.00774).
 
 Where those keep the dense weights as the goal, here it is the dense outputs, ||W X - W_dense
 X_dense||, X being the inputs in the pruned network: each layer undoes what it can of the errors of
@@ -90,7 +90,8 @@ class OptimalBrainSurgeon:
 
         Notes
         -----
-        The images run once, twofold: the memory is that of 2N images in evaluation. With float64
+        The images run once for `influences`, forward and back, with the memory of a training step
+        of 32 images; then once more, twofold, with that of 2N images in evaluation. With float64
         matrices [F, F], five at a time, a layer of 4608 inputs takes 0.9 GB beside that. Time goes
         into one Cholesky factorisation and inverse, F^3 operations, for each round and each set of
         output channels with a mask of its own: a block row, or a single channel with N:M.

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from blocksparse.sparsity.whole_file import write_whole
+from blocksparse.whole_file import write_whole
 
 _HEADER = ("layer", "kept before", "kept after", "gain")
 
