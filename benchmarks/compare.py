@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.figures import PEERS, SPARSITIES, Result, Setting
 from benchmarks.stage import say, stage
-from benchmarks.tables import facts, page, summary
+from benchmarks.tables import facts, page, save, summary
 from blocksparse.cli import console as ui
 from blocksparse.perf import usable_cores
 
@@ -166,9 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for result in run(chosen):
             results.append(result)
             text = page(result)
-            stem = chosen.output / result.setting.name
-            ui.write_whole(stem.with_name(f"{stem.name}.json"), ui.json_text(facts(result)))
-            ui.write_whole(stem.with_name(f"{stem.name}.md"), text)
+            stem = save(chosen.output, result.setting.name, facts(result), text)
             sys.stdout.write(text + "\n")
             parts = ", ".join(f"{name} {spent:.0f} s" for name, spent in result.seconds.items())
             say(f"wrote {stem}.md and .json after {sum(result.seconds.values()):.0f} s: {parts}")

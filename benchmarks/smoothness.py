@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.compare import RESULTS, share
 from benchmarks.series import CLIFF, Call, Point, Share, points, resized, shares
 from benchmarks.stage import say, stage
-from benchmarks.tables import grid
+from benchmarks.tables import grid, save
 from blocksparse.cli import console as ui
 from blocksparse.format import Model, read
 from blocksparse.perf import Timing, describe_machine, interleave, usable_cores
@@ -294,9 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"error: {error}")
         return 1
     text = page(result)
-    stem = chosen.output / result.name
-    ui.write_whole(stem.with_name(f"{stem.name}.json"), ui.json_text(asdict(result)))
-    ui.write_whole(stem.with_name(f"{stem.name}.md"), text)
+    stem = save(chosen.output, result.name, asdict(result), text)
     sys.stdout.write(text)
     say(f"wrote {stem}.md and .json")
     return 0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import OURS, Result, Row
+from blocksparse.cli import console as ui
 from blocksparse.perf import Timing
 
 QUIET = 1.2  # third over first quartile that a quiet machine stays below
@@ -61,6 +63,14 @@ def page(result: Result) -> str:
         lines += ["", f"{line[0].upper()}{line[1:]}."]
     lines += noise(result)
     return "\n".join(lines) + "\n"
+
+
+def save(folder: Path, name: str, facts: Any, text: str) -> Path:
+    """Write a page as Markdown and its figures as JSON; return their path without its ending."""
+    stem = folder / name
+    ui.write_whole(folder / f"{name}.json", ui.json_text(facts))
+    ui.write_whole(folder / f"{name}.md", text)
+    return stem
 
 
 def noise(result: Result) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.compare import RESULTS
 from benchmarks.stage import say, stage
-from benchmarks.tables import QUIET, busy, grid
+from benchmarks.tables import QUIET, busy, grid, save
 from benchmarks.training_figures import BASELINE, OTHERS, PARTS, Result, Row
 from blocksparse.cli import console as ui
 from blocksparse.perf import Timing, describe_machine, interleave, usable_cores
@@ -231,11 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"error: {error}")
         return 1
     text = page(result)
-    stem = chosen.output / result.name
     ratios = {row.name: result.ratio(row) for row in result.rows}
     facts = asdict(result) | {"times_as_fast": ratios}
-    ui.write_whole(stem.with_name(f"{stem.name}.json"), ui.json_text(facts))
-    ui.write_whole(stem.with_name(f"{stem.name}.md"), text)
+    stem = save(chosen.output, result.name, facts, text)
     sys.stdout.write(text)
     say(f"wrote {stem}.md and .json")
     return 0

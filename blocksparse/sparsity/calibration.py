@@ -22,6 +22,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from blocksparse.sparsity.modes import evaluating
+
 # Entries of the unfolded inputs that are held at a time. 4 MiB of float32 stay in a cache: half the
 # time of 64 MiB, for a layer of 16 channels.
 _CHUNK = 1 << 20
@@ -79,9 +81,7 @@ def run_beside(network: nn.Module, images: Tensor, layers: Collection[str], visi
     ValueError
         If the network cannot be traced, or a layer does not run exactly once.
     """
-    modes = {module: module.training for module in network.modules()}
-    try:
-        network.eval()
+    with evaluating(network):
         graph = _trace(network)
         calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
         for name in layers:
@@ -92,9 +92,6 @@ def run_beside(network: nn.Module, images: Tensor, layers: Collection[str], visi
                     "or prune without calibration (calibration=none)"
                 )
         _Beside(network, graph, layers, visit).run(torch.cat([images, images]))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class _Beside(fx.Interpreter):
@@ -146,7 +143,7 @@ class _Beside(fx.Interpreter):
         self.visit(str(node.target), layer, found)
         made = layer(pruned)
         if layer.bias is not None:
-            channel = _channel(layer) % made.ndim
+            channel = channel_axis(layer) % made.ndim
             shift = (wanted - made).mean([axis for axis in range(made.ndim) if axis != channel])
             layer.bias += shift
             made += _along(shift, layer, made)
@@ -220,7 +217,7 @@ def moments(
     count, sums = 0, [torch.zeros((), dtype=torch.float64)] * 6
     for start in range(0, len(pruned), step):
         x, d = (unfold(part[start : start + step]) for part in (pruned, dense))
-        e = rest[start : start + step].movedim(_channel(layer), 0).flatten(1)
+        e = rest[start : start + step].movedim(channel_axis(layer), 0).flatten(1)
         count += x.shape[1]
         parts = [x @ x.T, d @ x.T, e @ x.T, x.sum(1), d.sum(1), e.sum(1)]
         wide = [_wide(part) for part in parts]
@@ -250,7 +247,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 def _slope(norm: _BatchNorm | None, output: Tensor, layer: nn.Module) -> Tensor:
     """Return [K], what a batch norm multiplies the channels by; ones without one."""
     if norm is None:
-        return output.new_ones(output.shape[_channel(layer)])
+        return output.new_ones(output.shape[channel_axis(layer)])
     assert norm.running_var is not None
     scale = torch.rsqrt(norm.running_var + norm.eps)
     return scale if norm.weight is None else scale * norm.weight
@@ -261,7 +258,7 @@ def _reciprocal(slope: Tensor) -> Tensor:
     return slope / (slope.square() + 1e-4 * slope.square().mean()).clamp(min=1e-30)
 
 
-def _channel(layer: nn.Module) -> int:
+def channel_axis(layer: nn.Module) -> int:
     """Return the axis of the channels in inputs and outputs."""
     return 1 if isinstance(layer, _ConvNd) else -1
 
@@ -269,7 +266,7 @@ def _channel(layer: nn.Module) -> int:
 def _along(values: Tensor, layer: nn.Module, output: Tensor) -> Tensor:
     """Return values [K] so that they broadcast along the channels of ``output``."""
     shape = [1] * output.ndim
-    shape[_channel(layer)] = -1
+    shape[channel_axis(layer)] = -1
     return values.reshape(shape)
 
 

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blocksparse.sparsity.calibration import channel_axis
+from blocksparse.sparsity.modes import evaluating
+
 # Images that go back through the network at a time: as fast as all at once, in less memory.
 _BATCH = 32
 
@@ -50,13 +53,11 @@ def influences(network: nn.Module, images: Tensor, layers: Collection[str]) -> d
 
         return hook
 
-    modes = {module: module.training for module in network.modules()}
     handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     generator = torch.Generator().manual_seed(0)
     sums = {name: torch.zeros(()) for name in modules}
     try:
-        network.eval()
-        with torch.enable_grad():
+        with evaluating(network), torch.enable_grad():
             for batch in images.split(_BATCH):
                 # Even where all weights are frozen there is something to differentiate by.
                 logits = network(batch.detach().requires_grad_())
@@ -69,18 +70,11 @@ def influences(network: nn.Module, images: Tensor, layers: Collection[str]) -> d
                 )
                 for (name, _), gradient in zip(made, gradients, strict=True):
                     if gradient is not None:
-                        worth = _by_channel(modules[name], gradient.square())
+                        axis = channel_axis(modules[name])
+                        worth = gradient.square().movedim(axis, 0).flatten(1).sum(1)
                         sums[name] = sums[name].to(worth) + worth
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     means = {name: total / len(images) for name, total in sums.items()}
     return {name: mean.clamp(min=float(mean.mean()) * 1e-6 or 1.0) for name, mean in means.items()}
-
-
-def _by_channel(module: nn.Module, values: Tensor) -> Tensor:
-    """Sum outputs of a layer over all but their channels."""
-    channel = -1 if isinstance(module, nn.Linear) else 1
-    return values.movedim(channel, 0).flatten(1).sum(1)

@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from blocksparse.sparsity.modes import evaluating
 from blocksparse.training.data import ImageData
 
 
@@ -62,24 +63,21 @@ def reestimate(
     first = next(batches, None)
     if first is None:
         raise ValueError("no batch to re-estimate batch-norm statistics on: the loader is empty")
-    modes = {module: module.training for module in model.modules()}
     before = [(norm.momentum, {k: b.clone() for k, b in norm.named_buffers()}) for norm in norms]
     try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # PyTorch's cumulative mean
-            norm.training = True
-        for images, _ in itertools.chain([first], batches):
-            model(images.to(device))
+        with evaluating(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # PyTorch's cumulative mean
+                norm.training = True
+            for images, _ in itertools.chain([first], batches):
+                model(images.to(device))
     finally:
         for norm, (momentum, buffers) in zip(norms, before, strict=True):
             norm.momentum = momentum
             if norm.num_batches_tracked == 0:
                 # Not reached: an auxiliary head that evaluation skips keeps what it had.
                 norm.load_state_dict(buffers, strict=False)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class BatchNormReestimation(Callback):
