@@ -1,7 +1,7 @@
 """Measure how long a fresh process takes to its first answer.
 
 Two kinds of process: one that finds everything compiled before on this machine, and one that is the
-first ever, with empty caches of kernels and of Numba. Each imports blocksparse, loads a sparse file
+first ever, with an empty cache of kernels. Each imports blocksparse, loads a sparse file
 and runs one image; nothing else is imported. Medians over several processes.
 """
 
@@ -69,8 +69,7 @@ def process(
 def first_ever(file: Path, threads: int) -> dict[str, float]:
     """Return the seconds of each part of a process that finds no cache."""
     with tempfile.TemporaryDirectory() as folder:
-        places = {"BLOCKSPARSE_CACHE": f"{folder}/kernels", "NUMBA_CACHE_DIR": f"{folder}/numba"}
-        return process(file, threads, places)
+        return process(file, threads, {"BLOCKSPARSE_CACHE": folder})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -61,9 +61,7 @@ def test_profile_as_json_adds_up_and_sorts(capsys):
 
 
 def test_profile_without_numba_says_what_it_needs(capsys, monkeypatch):
-    from numba.core import config
-
-    monkeypatch.setattr(config, "DISABLE_JIT", 1)
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
     status, out, err = call(capsys, GOLDEN)
     assert (status, out) == (1, "")
     assert "only the compiled engine can be profiled" in err

@@ -139,10 +139,12 @@ def _is_compiler(node: ast.expr) -> bool:
 
 
 def compile_problems(tree: ast.Module, where: str) -> list[str]:
+    """Numba's options: elsewhere than in the kernels, which `objects` keeps and calls."""
     problems = []
+    kept = where.startswith("blocksparse/runtime/kernels/")
     for use in compile_calls(tree):
         options = {k.arg: k.value for k in use.keywords} if isinstance(use, ast.Call) else {}
-        for option in ("cache", "nogil"):
+        for option in () if kept else ("cache", "nogil"):
             value = options.get(option)
             if not (isinstance(value, ast.Constant) and value.value is True):
                 problems.append(f"{where}:{use.lineno}: njit without {option}=True")

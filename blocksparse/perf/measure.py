@@ -7,6 +7,7 @@ only makes it slower. The median is kept beside it, and tells how quiet the mach
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import logging
@@ -28,11 +29,12 @@ from blocksparse.perf.machine import describe_machine, usable_cores
 from blocksparse.perf.timing import Timing, interleave
 from blocksparse.runtime.caches import Cache, memory_limit, system_caches, usual_caches
 from blocksparse.runtime.helpers import Helpers
-from blocksparse.runtime.kernels.objects import cache_folder, compile_text, keep
+from blocksparse.runtime.kernels.cache import cache_folder, keep
+from blocksparse.runtime.kernels.objects import compile_text
 from blocksparse.runtime.kernels.target import Target, host
 
 ROUNDS = 9
-RUN_SECONDS = 0.01
+RUN_SECONDS = 0.02
 ATTEMPTS = 3
 """How often all is measured on a machine that is too busy to trust one series of runs."""
 
@@ -254,12 +256,11 @@ class _Run:
         least_turns: int,
         helpers: Helpers,
     ) -> None:
-        self.kernel = kernel
+        self.kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(kernel)
         self.block = block  # the addresses in the arguments are valid as long as it lives
         self.arguments = arguments
         self.work_per_turn = work_per_turn
         self.helpers = helpers
-        self.counter = np.zeros(1, np.int64)
         self.turns = self.least_turns = least_turns
 
     @property
@@ -269,18 +270,18 @@ class _Run:
 
     def __call__(self) -> None:
         self.arguments[:, 2] = self.turns
-        self.counter[0] = 0
-        what = (self.kernel, self.arguments, self.counter.ctypes.data)
-        others = len(self.arguments) - 1
-        done = threading.Semaphore(0)
+        threads = len(self.arguments)
+        together, done = threading.Barrier(threads), threading.Semaphore(0)
 
-        def drive(*arguments: int) -> None:
-            probes.drive(*arguments)
+        def drive(row: list[int]) -> None:
+            together.wait()
+            self.kernel(*row)
             done.release()
 
-        self.helpers.start(drive, [what] * others)
-        probes.drive(*what)
-        for _ in range(others):
+        first, *others = self.arguments.tolist()
+        self.helpers.start(drive, [(row,) for row in others])
+        drive(first)
+        for _ in range(threads):
             done.acquire()
 
     def calibrate(self, seconds: float) -> None:

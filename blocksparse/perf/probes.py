@@ -7,12 +7,9 @@ ceiling is one the micro-kernels could reach.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from llvmlite import ir
-from numba import njit
 
-from blocksparse.runtime.kernels.intrinsics import call, fetch_add, give_way, load_acquire, pause
 from blocksparse.runtime.kernels.target import Target
 from blocksparse.runtime.kernels.writer import F32, FLOAT_BYTES, I8, I32, Function
 
@@ -20,7 +17,6 @@ LOADS = 16
 """Vectors that the reading loop reads in one turn."""
 
 _CHAINS = 8  # sums of the reading loop, so that none waits for the one before
-_PATIENCE = 2000  # rounds of waiting before the core is offered to others
 
 
 @dataclass(frozen=True)
@@ -159,26 +155,3 @@ def _function(name: str, arguments: tuple[str, ...], target: Target) -> tuple[ir
     module = ir.Module(name=name)
     module.triple = target.triple
     return module, Function(module, name, arguments, target.lanes)
-
-
-@njit(cache=True, nogil=True)
-def drive(kernel: int, arguments: Any, counter_at: int) -> None:
-    """Wait until every thread is here, then run a probe: what one thread does.
-
-    Parameters
-    ----------
-    kernel : int
-        Address of the probe.
-    arguments : ndarray of int64, shape (threads, 3)
-        The probe's arguments, by thread.
-    counter_at : int
-        Address of a zeroed int64.
-    """
-    me = fetch_add(counter_at, 1)
-    spins = 0
-    while load_acquire(counter_at) < arguments.shape[0]:
-        pause()
-        spins += 1
-        if spins % _PATIENCE == 0:
-            give_way()
-    call(kernel, (arguments[me, 0], arguments[me, 1], arguments[me, 2]))

@@ -20,7 +20,7 @@ import numpy as np
 from blocksparse.format import BsrWeight, Model, NMWeight, Node, Weight
 
 from . import winograd
-from .kernels.objects import cache_folder, keep
+from .kernels.cache import cache_folder, keep
 from .kernels.target import Target, describe
 
 _log = logging.getLogger(__name__)

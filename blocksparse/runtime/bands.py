@@ -10,11 +10,9 @@ import numpy.typing as npt
 from . import layout
 from .caches import second_level
 from .kernels import objects, records
+from .kernels.kernel import Kernel
 from .kernels.target import Target
-from .kernels.winograd import HEADER
 from .kernels.winograd_matrices import OUTPUTS, PLANES
-from .kernels.winograd_tiles import WIDEST
-from .kernels.writer import Kernel
 from .layout import Layout
 from .prepack import Packed
 from .products import HALVES, ITEMS, fill_product, lane_bits, shares_pixels
@@ -96,7 +94,7 @@ def fill_columns(
     offsets = packed.channels.astype(np.int64) * line - step.node.attrs["padding"][1]
     offsets += packed.positions * dilation
     _fill(record, step, packed, offsets, bias, target, tables, bands)
-    return HEADER + 4 * PLANES * (plane + packed.rows * sums)
+    return records.HEADER + 4 * PLANES * (plane + packed.rows * sums)
 
 
 def fill_tiles(
@@ -133,7 +131,7 @@ def fill_tiles(
     record[[records.GROUPS, records.UNITS_ROW]] = groups, along
     record[records.PAD_LEFT] = step.node.attrs["padding"][1]
     record[[records.PLANE, records.PLANE_CHANNEL]] = plane, line
-    sums = WIDEST * lanes
+    sums = records.UNITS * lanes
     record[[records.SUMS_PLANE, records.SUMS_ROW]] = packed.rows * sums, sums
     record[records.INPUT_KERNEL] = objects.address(Kernel("tile_input", width=groups), target)
     record[records.OUTPUT_KERNEL] = objects.address(Kernel("tile_output", width=groups), target)
@@ -147,7 +145,7 @@ def fill_tiles(
     written = [pixel < output.width, pixel < output.row]
     record[records.WITHIN] = tables.address(lane_bits(np.concatenate(written, axis=1), lanes))
     _fill(record, step, packed, packed.channels * np.int64(line), bias, target, tables, bands)
-    return HEADER + 4 * planes * (plane + packed.rows * sums)
+    return records.HEADER + 4 * planes * (plane + packed.rows * sums)
 
 
 def _fill(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +15,11 @@ import numpy.typing as npt
 from blocksparse.format import Model
 
 from .algorithms import Algorithms
-from .calls import CallMemory
+from .calls import Call, CallMemory
 from .choices import choice_of
 from .explain import LayerChoice
-from .first_time import FirstTime
 from .helpers import Helpers
-from .kernels import program, records
+from .kernels import objects, records
 from .kernels.target import describe, host
 from .plan import Plan, bind
 from .steps import Packs, Step, Steps, lower
@@ -65,7 +67,6 @@ class CompiledEngine:
         self._lock = threading.Lock()
         self._binding = threading.Lock()
         self._helpers = Helpers()
-        self._first_time: FirstTime | None = FirstTime(self.target)
 
     def __str__(self) -> str:
         return f"compiled engine: {describe(self.target)}"
@@ -134,9 +135,6 @@ class CompiledEngine:
     def _run(
         self, x: npt.NDArray[np.float32], threads: int, times: list[npt.NDArray[np.int64]]
     ) -> npt.NDArray[np.float32]:
-        first_time = self._first_time
-        if first_time is not None:
-            first_time.announce()
         ready = self._plan(len(x), threads)
         with self._lock:
             memory = ready.free.pop() if ready.free else None
@@ -144,9 +142,6 @@ class CompiledEngine:
         output = self._execute(memory, x, times)
         with self._lock:
             ready.free.append(memory)
-        if first_time is not None:
-            first_time.done()
-            self._first_time = None
         return output
 
     def _execute(
@@ -156,18 +151,19 @@ class CompiledEngine:
         times: list[npt.NDArray[np.int64]],
     ) -> npt.NDArray[np.float32]:
         """Run the plan of a memory, one thread for each of `times`."""
-        batch, threads = len(x), len(times)
-        output = np.empty((batch, *self.model.output_shape), np.float32)
-        number = memory.open_gate()
-        # read-only arrays are another type to Numba, which would compile everything once more
-        images = np.require(x, np.float32, ["C", "W"])
-        fixed = (*memory.fixed, images.reshape(-1), output.reshape(-1), batch)
-        calls = [
-            (*fixed, each, i, threads, memory.scratch(i), number) for i, each in enumerate(times)
-        ]
-        self._helpers.start(program.run, calls[1:])
-        program.run(*calls[0])
-        return output
+        call = memory.call(np.ascontiguousarray(x), times)
+        self._helpers.start(self._walk, [(call, thread) for thread in range(1, len(times))])
+        self._walk(call, 0)
+        return memory.output.copy()
+
+    def _walk(self, call: Call, thread: int) -> None:
+        if self._loops(call.address(thread)) != 0:
+            raise RuntimeError("the compiled loops stopped at an error: this is a defect of them")
+
+    @cached_property
+    def _loops(self) -> Callable[[int], int]:
+        """The compiled loops; Python's lock is not held while they run."""
+        return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)(objects.loops(self.target))
 
     def close(self) -> None:
         """Drop plans and memory, end the helper threads."""

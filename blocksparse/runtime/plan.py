@@ -17,9 +17,9 @@ from blocksparse.format import ACTIVATIONS, Model
 
 from . import layout
 from .bands import fill_columns, fill_tiles
-from .kernels import objects, program, records
+from .kernels import call_record, objects, records
+from .kernels.kernel import Kernel
 from .kernels.target import Target
-from .kernels.writer import Kernel
 from .layout import Layout
 from .memory import Lifetime, assign
 from .products import ITEMS, fill_conv, fill_linear, lane_bits
@@ -51,6 +51,8 @@ class Plan:
         Size of the memory that holds all values.
     scratch : int
         Bytes of scratch memory that every thread needs.
+    outputs : tuple of int
+        Shape of what comes out, (N, classes).
     kept : list of ndarray
         Arrays whose addresses stand in the records; they must live as long as the plan.
     """
@@ -60,12 +62,13 @@ class Plan:
     vectors: npt.NDArray[np.float32]
     floats: int
     scratch: int
+    outputs: tuple[int, ...]
     kept: list[npt.NDArray]
 
     @property
     def counters(self) -> int:
         """Number of int64 counters that `program.run` needs."""
-        return len(self.records) * program.COUNTER_STRIDE
+        return len(self.records) * call_record.COUNTER_STRIDE
 
 
 def bind(model: Model, steps: Steps, target: Target, batch: int) -> Plan:
@@ -128,7 +131,9 @@ class _Binding:
             record[records.OTHER] = -1
             fill[step.op](record, step)
         integers, vectors = self.tables.joined()
-        return Plan(table, integers, vectors, self.floats, self.scratch, self.tables.kept)
+        outputs = (self.batch, *self.model.output_shape)
+        kept = self.tables.kept
+        return Plan(table, integers, vectors, self.floats, self.scratch, outputs, kept)
 
     def _memory(self) -> tuple[dict[str, int], int]:
         lives: dict[str, Lifetime] = {}
@@ -262,13 +267,17 @@ class _Binding:
         record[[records.DILATION_H, records.DILATION_W]] = attrs.get("dilation", (1, 1))
         record[records.COUNT_PAD] = attrs.get("count_include_pad", False)
         (height, width), stride, pad = attrs["kernel"], attrs["stride"][1], attrs["padding"][1]
+        source, target = self._layout(step.source), self._layout(step.target)
+        # rows of a window come together in scratch memory, padding included
+        reach = (target.width - 1) * stride + (width - 1) * attrs.get("dilation", (1, 1))[1] + 1
+        line = records.HEADER + 4 * max(reach, pad + source.width)
         if (
             max(height, width) > FAST_WINDOW
             or stride > 2
             or attrs.get("dilation", (1, 1)) != (1, 1)
         ):
+            self.scratch = max(self.scratch, line)
             return
-        source, target = self._layout(step.source), self._layout(step.target)
         kind = "pool_max" if step.details["kind"] == records.MAX_POOL else "pool_avg"
         kernel = Kernel(kind, height, width, stride)
         self._fast(record, kernel, source, target, [j - pad for j in range(width)], stride)

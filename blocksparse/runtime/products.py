@@ -13,8 +13,8 @@ from blocksparse.format import Node
 
 from . import layout
 from .kernels import objects, records
+from .kernels.kernel import Kernel
 from .kernels.target import Target
-from .kernels.writer import Kernel
 from .layout import Layout
 from .prepack import Packed
 from .steps import Step

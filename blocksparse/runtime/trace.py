@@ -43,7 +43,7 @@ class Trace:
 
 
 def blank_times(steps: Steps, threads: int) -> list[npt.NDArray[np.int64]]:
-    """Return what every thread notes its times in: `times` of `program.run`."""
+    """Return what every thread notes its times in: `times` of the loops."""
     return [np.zeros((len(steps.steps) + 1, 2), np.int64) for _ in range(threads)]
 
 

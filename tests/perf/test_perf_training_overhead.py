@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import median
-
 import pytest
 
 from benchmarks.fits import fit
@@ -14,8 +12,9 @@ def test_every_step_but_the_first_is_timed_and_updates_are_told_apart(tmp_path):
     steps = fit("resnet20", 32, 2, 8, 0.5, 3, str(tmp_path))
     assert len(steps.updated) == 3  # after 3 and 6 steps, and the last
     assert len(steps.masked) == len(steps.whole) == 4
-    assert median(steps.updated) > median(steps.masked) > 0
-    assert median(steps.updated) < median(steps.whole)
+    # the least of each: a single step on a busy machine takes any time
+    assert min(steps.updated) > min(steps.masked) > 0
+    assert min(steps.updated) < min(steps.whole)
 
 
 def test_without_pruning_only_whole_steps_are_timed(tmp_path):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 from dataclasses import replace
 
 import numpy as np
 
 from blocksparse.runtime import compiled
 from blocksparse.runtime.calls import CallMemory
+from blocksparse.runtime.kernels import call_record as c
 from blocksparse.runtime.kernels import objects, records
+from blocksparse.runtime.kernels.compiler import loop_text
+from blocksparse.runtime.kernels.intrinsics import floats_at, integers_at
+from blocksparse.runtime.kernels.program import run_item
 from blocksparse.runtime.kernels.target import host
 from blocksparse.runtime.layout import ALIGN, Layout, round_up
 
@@ -52,11 +57,46 @@ def engine_of(model, lanes=None):
         compiled.host = kept
 
 
+def one_item(record_at):
+    """Compute one item: the record of a call, then step and item; compiled like the program."""
+    call = integers_at(record_at, c.FIELDS + 2)
+    s, item = call[c.FIELDS], call[c.FIELDS + 1]
+    run_item(
+        integers_at(call[c.STEPS_AT] + 8 * records.FIELDS * s, records.FIELDS),
+        integers_at(call[c.TABLES_AT], call[c.TABLES_SIZE]),
+        floats_at(call[c.VECTORS_AT], call[c.VECTORS_SIZE]),
+        floats_at(call[c.MEMORY_AT], call[c.MEMORY_SIZE]),
+        call[c.MEMORY_AT],
+        floats_at(call[c.INPUT_AT], call[c.INPUT_SIZE]),
+        floats_at(call[c.OUTPUT_AT], call[c.OUTPUT_SIZE]),
+        item, call[c.BATCH], call[c.SCRATCH_AT], s,
+    )  # fmt: skip
+
+
+def shuffled(call, expected, seeds=(0, 1)):
+    """Compute the items of a call in random orders, over memory full of NaN."""
+    name = "test_one_item"
+    source = objects._sources() + inspect.getsource(one_item)
+    address = objects._load(name, host(), source, lambda: loop_text(one_item, name))
+    compute = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)(address)
+    record = np.append(call.records[: c.FIELDS], [0, 0])
+    items = call.memory.plan.records[:, records.ITEMS]
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        call.memory.values[:] = np.nan
+        call.memory.output[:] = np.nan
+        for s, count in enumerate(items):
+            for item in rng.permutation(count):
+                record[c.FIELDS :] = s, item
+                assert compute(record.ctypes.data) == 0
+        np.testing.assert_array_equal(call.memory.output, expected)
+
+
 def run_over(engine, x, fill, threads=1):
     """Run in memory that held `fill`; return the output, the plan and the memory."""
     ready = engine._plan(len(x), threads)
     memory = CallMemory(ready.plan)
-    values = memory.fixed[3]
+    values = memory.values
     values[:] = fill
     memory._scratch_bytes += GUARD
     beyond = []

@@ -1,8 +1,9 @@
-"""What is kept on disk: measured layers, damaged or not; and where Numba can keep nothing."""
+"""What is kept on disk: code that runs without its compilers, and measured layers."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,28 +11,33 @@ from pathlib import Path
 import pytest
 
 from blocksparse.runtime.algorithms import Memory
-from blocksparse.runtime.kernels import forget_stale
+from blocksparse.runtime.kernels import elf
+from blocksparse.runtime.kernels.cache import cache_folder
 from blocksparse.runtime.kernels.target import host
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v1.bsr.safetensors"
 
 PROGRAM = """
 import logging, sys
-from numba.core import caching, config
 logging.basicConfig()
-locators = caching.CacheImpl._locator_classes
-
-def refuse(cls, py_func, py_file):
-    return None
-
-for locator in locators:
-    if "UserProvided" not in locator.__name__:  # the one that NUMBA_CACHE_DIR steers
-        locator.from_function = classmethod(refuse)
-config.CACHE_DIR = ""
 import numpy as np, blocksparse
-network = blocksparse.load(sys.argv[1], engine="compiled")
-print(network.engine, network(np.zeros((1, *network.input_shape), np.float32)).shape)
+network = blocksparse.load(sys.argv[1], engine="compiled", threads=2)
+images = np.random.default_rng(0).standard_normal((1, *network.input_shape), np.float32)
+print(network(images).sum(), *sorted({"numba", "llvmlite"} & set(sys.modules)))
 """
+
+
+def run(cache, **environment):
+    """Run the golden file in a fresh process; return what it printed and what it logged."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(GOLDEN)],
+        env={**os.environ, "BLOCKSPARSE_CACHE": str(cache), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -60,35 +66,38 @@ def test_measurements_lie_beside_the_kernels(tmp_path, monkeypatch):
     assert Memory(host()).read() == {"key": {"direct": 1.0}}
 
 
+@pytest.mark.skipif(not elf.SUPPORTED, reason="LLVM links here")
+def test_a_process_that_finds_its_kernels_imports_no_compiler():
+    run(cache_folder())  # whatever is not there yet
+    (_, *compilers), said = run(cache_folder())
+    assert compilers == []
+    assert said == ""
+
+
 @pytest.mark.slow
-def test_without_a_writable_cache_everything_still_runs():
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(GOLDEN)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert "compiled engine" in done.stdout
-    assert "NUMBA_CACHE_DIR" in done.stderr
+def test_what_is_kept_runs_without_the_compilers(tmp_path):
+    """The first process compiles and says so; the second has the same bits and no Numba."""
+    (first, *compilers), said = run(tmp_path)
+    assert compilers == ["llvmlite", "numba"]
+    assert said.count("compiles its kernels") == 1
+    (second, *compilers), said = run(tmp_path)
+    assert second == first
+    assert said == ""
+    if elf.SUPPORTED:
+        assert compilers == []
+        damaged = min(tmp_path.glob("blocksparse_run-*.o"))
+        damaged.write_bytes(damaged.read_bytes()[:-100])
+        (third, *_), said = run(tmp_path)
+        assert third == first
+        assert "compiles its kernels" in said
+    (other, *_), said = run(tmp_path, NUMBA_CPU_NAME="generic")
+    assert float(other) == pytest.approx(float(first), rel=1e-4)
+    assert "compiles its kernels" in said, "another processor has objects of its own"
 
 
-def test_loops_kept_from_other_sources_are_forgotten(tmp_path):
-    kept = tmp_path / "__pycache__"
-    kept.mkdir()
-    (tmp_path / "a.py").write_text("")
-    (tmp_path / "b.py").write_text("")
-    index, code = kept / "a.f-1.py311.nbi", kept / "a.f-1.py311.1.nbc"
-
-    def compiled():
-        index.write_bytes(b"i")
-        code.write_bytes(b"c")
-
-    compiled()
-    forget_stale(tmp_path)  # nobody knows what they were compiled from
-    assert not index.exists()
-    compiled()
-    forget_stale(tmp_path)
-    assert index.exists()
-    assert code.exists()
-    (tmp_path / "b.py").write_text("X = 1")  # not the file of the kept function
-    forget_stale(tmp_path)
-    assert not index.exists()
-    assert not code.exists()
+@pytest.mark.slow
+def test_without_a_writable_cache_everything_still_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    _, said = run(tmp_path / "file")
+    assert "BLOCKSPARSE_CACHE" in said
+    assert (tmp_path / "file").read_text() == ""

@@ -286,17 +286,3 @@ def test_timed_run_says_where_the_time_went():
     assert (trace.busy_ns >= 0).all()
     # the convolution of the larger plane takes most of the work
     assert trace.steps[int(trace.busy_ns.sum(axis=0).argmax())].packed is not None
-
-
-def test_the_first_time_on_a_machine_is_announced_once(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path))
-    b = Builder((8, 6, 6))
-    b.conv("x", 8)
-    model = b.model()
-    for _ in range(2):  # the second engine finds the mark of the first
-        network = load(model, engine="compiled")
-        network(randoms(1, 8, 6, 6))
-        network(randoms(1, 8, 6, 6))
-        said = [record for record in caplog.records if "compiles its kernels" in record.message]
-        assert len(said) == 1
-    assert all(record.levelname == "WARNING" for record in said), "seen without configuration"

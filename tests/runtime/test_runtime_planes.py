@@ -24,7 +24,7 @@ from models import Builder, randoms
 
 from blocksparse.runtime import load, reference
 from blocksparse.runtime.kernels import records
-from blocksparse.runtime.kernels.microkernels import Kernel
+from blocksparse.runtime.kernels.kernel import Kernel
 from blocksparse.runtime.layout import Layout, phases
 
 WIDTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33)

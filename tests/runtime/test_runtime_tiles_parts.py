@@ -13,7 +13,7 @@ from test_runtime_winograd_parts import UNIT, planes_of
 
 from blocksparse.format import BsrWeight, DenseWeight
 from blocksparse.runtime import winograd
-from blocksparse.runtime.kernels.microkernels import Kernel
+from blocksparse.runtime.kernels.kernel import Kernel
 from blocksparse.runtime.kernels.target import Target
 from blocksparse.runtime.prepack import pack
 

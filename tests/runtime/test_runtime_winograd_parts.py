@@ -14,7 +14,7 @@ from models import Builder, block_zeros, randoms
 
 from blocksparse.format import BsrWeight, DenseWeight
 from blocksparse.runtime import winograd
-from blocksparse.runtime.kernels.microkernels import Kernel
+from blocksparse.runtime.kernels.kernel import Kernel
 from blocksparse.runtime.kernels.target import Target
 from blocksparse.runtime.kernels.winograd_matrices import INPUT, OUTPUT, WEIGHT
 from blocksparse.runtime.layout import round_up

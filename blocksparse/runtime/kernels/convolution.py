@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from . import records as r
 from .intrinsics import call
-from .records import view
+from .loop import loop
+from .views import view
 
 
-@njit(cache=True, nogil=True)
+@loop
 def width_of(step: Any, left: int) -> int:
     """Vectors of the next register tile when `left` vectors remain."""
     if step[r.OP] == r.CONV_NM:  # widths 1, 2, 4, 8
@@ -26,7 +25,7 @@ def width_of(step: Any, left: int) -> int:
     return -(-left // tiles)
 
 
-@njit(cache=True, nogil=True)
+@loop
 def kernel_of(step: Any, width: int) -> int:
     """Address of the micro-kernel of a width."""
     if step[r.OP] == r.CONV_NM:
@@ -34,7 +33,7 @@ def kernel_of(step: Any, width: int) -> int:
     return step[r.KERNELS + width - 1]
 
 
-@njit(cache=True, nogil=True)
+@loop
 def conv_item(memory: Any, memory_at: int, step: Any, tables: Any, item: int, batch: int) -> None:
     """Compute one panel of pixels for one part of the output channels."""
     a, b, other = view(step, r.SOURCE), view(step, r.TARGET), view(step, r.OTHER)

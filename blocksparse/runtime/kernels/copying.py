@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from . import records as r
 from .intrinsics import call
-from .records import span, view, zero_beside, zero_ends
+from .loop import loop
+from .views import span, view, zero_beside, zero_ends
 
 
-@njit(cache=True, nogil=True)
+@loop
 def copy_item(source: Any, target: Any, step: Any, tables: Any, item: int, batch: int) -> None:
     """Copy one chunk of output rows, or of channels."""
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
@@ -53,7 +52,7 @@ def copy_item(source: Any, target: Any, step: Any, tables: Any, item: int, batch
             target[row + high : row + b.width] = 0
 
 
-@njit(cache=True, nogil=True)
+@loop
 def phases_item(memory: Any, memory_at: int, step: Any, tables: Any, item: int, batch: int) -> None:
     """Split one chunk of rows, or of channels, into phase planes, for column stride 2."""
     a, b = view(step, r.SOURCE), view(step, r.TARGET)

@@ -6,15 +6,15 @@ from math import exp
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from . import records as r
-from .records import span, view, zero_beside
+from .loop import loop
+from .views import span, view, zero_beside
 
 NONE, RELU, RELU6, SIGMOID, HARDSIGMOID, SILU, HARDSWISH = range(7)
 
 
-@njit(cache=True, nogil=True)
+@loop
 def activate(values: Any, kind: int) -> None:
     """Apply an activation in place; NaN passes."""
     if kind == RELU:
@@ -44,7 +44,7 @@ def activate(values: Any, kind: int) -> None:
             values[i] = gate if kind == HARDSIGMOID else values[i] * gate
 
 
-@njit(cache=True, nogil=True)
+@loop
 def elementwise_item(memory: Any, step: Any, vectors: Any, item: int, batch: int) -> None:
     """Compute one chunk of rows, or of channels; source and target may be the same place."""
     a, b, other = view(step, r.SOURCE), view(step, r.TARGET), view(step, r.OTHER)

@@ -8,11 +8,41 @@ import time
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.extending import intrinsic
+
+from .loop import loop
 
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
+
+
+@intrinsic
+def _integers(typing_context: Any, address: Any) -> Any:
+    signature = types.CPointer(types.int64)(types.int64)
+    return signature, _as_pointer
+
+
+@intrinsic
+def _floats(typing_context: Any, address: Any) -> Any:
+    signature = types.CPointer(types.float32)(types.int64)
+    return signature, _as_pointer
+
+
+def _as_pointer(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+
+@loop
+def integers_at(address: int, count: int) -> Any:
+    """View the memory at an address as `count` values of int64."""
+    return carray(_integers(address), (count,))
+
+
+@loop
+def floats_at(address: int, count: int) -> Any:
+    """View the memory at an address as `count` values of float32."""
+    return carray(_floats(address), (count,))
 
 
 @intrinsic

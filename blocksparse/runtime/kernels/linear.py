@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from . import records as r
 from .intrinsics import call
-from .records import view
+from .loop import loop
+from .views import view
 
 
-@njit(cache=True, nogil=True)
+@loop
 def linear_item(memory_at: int, step: Any, tables: Any, item: int, batch: int) -> None:
     """Compute one part of the output features for all images."""
     a, b = view(step, r.SOURCE), view(step, r.TARGET)

@@ -26,14 +26,13 @@ from __future__ import annotations
 from llvmlite import ir
 
 from .feature import NMLinear, SparseLinear
+from .kernel import Kernel
 from .pixel import NMConv, SparseConv, SparseProduct
 from .planes import PhaseCopy, Pool
 from .target import Target
 from .tiles import TileInput, TileOutput
 from .transforms import WinogradInput, WinogradOutput
-from .writer import Kernel, Writer
-
-__all__ = ["Kernel", "write"]
+from .writer import Writer
 
 _WRITERS: dict[str, type[Writer]] = {
     "sparse_conv": SparseConv,

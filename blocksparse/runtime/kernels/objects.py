@@ -1,66 +1,37 @@
-"""Compiled micro-kernels: built once for a machine, kept on disk, loaded in milliseconds.
+"""Compiled kernels: built once for a machine, kept on disk, loaded in milliseconds.
 
-Numba's own cache cannot keep code that is written at run time, so the micro-kernels are LLVM
-modules of their own with an object cache on disk. The key covers the code, the processor and the
-library versions, so a stale object is never loaded; a damaged one is compiled again.
+What is kept is plain machine code, one object file for every micro-kernel and one for the loops
+around them, so that a process which finds it needs neither Numba nor LLVM. The key covers the
+source code, the processor and the versions of the compilers, so a stale object is never loaded; a
+damaged one is compiled again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import sys
-import tempfile
 import threading
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
-import llvmlite
-import llvmlite.binding as llvm
-
-from .microkernels import write
+from . import elf
+from .cache import cache_folder, keep
+from .kernel import Kernel
 from .target import Target, describe, host
-from .writer import Kernel
+
+LOOPS = "blocksparse_run"
+"""The loops around the micro-kernels, as one function: `program.run`."""
+
+_LOADERS = {
+    Path(__file__).with_name(f"{name}.py") for name in ("__init__", "cache", "elf", "objects")
+}
+"""What only finds, keeps and links: no kernel depends on it."""
 
 _log = logging.getLogger(__name__)
-_lock = threading.Lock()
-_addresses: dict[tuple[Kernel, Target], int] = {}
-_engines: list[llvm.ExecutionEngine] = []  # the code lives as long as its engine
-
-
-def cache_folder() -> Path:
-    """Return the folder that keeps compiled kernels.
-
-    The environment variable ``BLOCKSPARSE_CACHE`` overrides the platform's usual place.
-    """
-    if custom := os.environ.get("BLOCKSPARSE_CACHE"):
-        return Path(custom)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return base / "blocksparse"
-
-
-def keep(path: Path, content: bytes) -> None:
-    """Write a file of the cache whole or not at all, whoever else writes it at the same time.
-
-    Raises
-    ------
-    OSError
-        Where it cannot be written; nothing is left then.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            file.write(content)
-            file.close()
-            os.replace(file.name, path)
-        except OSError:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+_lock = threading.RLock()
+_addresses: dict[tuple[str, Target], int] = {}
 
 
 def address(kernel: Kernel, target: Target | None = None) -> int:
@@ -79,20 +50,39 @@ def address(kernel: Kernel, target: Target | None = None) -> int:
         Address of the function.
     """
     target = target or host()
-    with _lock:
-        if (kernel, target) not in _addresses:
-            text = write(kernel, target)
-            _addresses[kernel, target] = compile_text(kernel.name, text, target)
-        return _addresses[kernel, target]
+
+    def text() -> str:
+        from .microkernels import write
+
+        return write(kernel, target)
+
+    return _address(kernel.name, target, text)
 
 
-def target_machine(target: Target) -> llvm.TargetMachine:
-    """Return LLVM's code generator for a target, at full optimisation."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    return llvm.Target.from_triple(target.triple).create_target_machine(
-        cpu=target.cpu, features=target.features, opt=3, reloc="pic", jit=True
-    )
+def loops(target: Target) -> int:
+    """Return the address of `program.run`, compiling it where no cached object fits.
+
+    Parameters
+    ----------
+    target : Target
+        The host.
+
+    Returns
+    -------
+    int
+        Address of a C function of one int64; see `compiler.loop_text`.
+    """
+
+    def text() -> str:
+        _log.warning(
+            "blocksparse compiles its kernels for this processor, once: ten to twenty seconds"
+        )
+        from .compiler import loop_text
+        from .program import run
+
+        return loop_text(run, LOOPS)
+
+    return _address(LOOPS, target, text)
 
 
 def compile_text(name: str, text: str, target: Target) -> int:
@@ -107,23 +97,61 @@ def compile_text(name: str, text: str, target: Target) -> int:
     target : Target
         The host, as code generation knows it.
     """
-    parts = (text, target.triple, target.cpu, target.features, llvmlite.__version__)
+    return _load(name, target, text, lambda: text)
+
+
+def _address(name: str, target: Target, text: Callable[[], str]) -> int:
+    """Load what the source code of this package determines, once in a process."""
+    with _lock:
+        if (name, target) not in _addresses:
+            _addresses[name, target] = _load(name, target, _sources(), text)
+        return _addresses[name, target]
+
+
+def _load(name: str, target: Target, source: str, text: Callable[[], str]) -> int:
+    parts = (source, target.triple, target.cpu, target.features, str(target.lanes), _versions())
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     path = cache_folder() / f"{name}-{digest}.o"
+    if elf.SUPPORTED:
+        try:
+            return elf.link(_object(path, name, target, text, "small"), name)
+        except elf.UnlinkableError as error:
+            _log.info("%s is linked by LLVM: %s", name, error)
+            path = path.with_suffix(".llvm.o")
+    code = _object(path, name, target, text, "jitdefault")
+    from . import compiler
+
+    return compiler.link(code, name, target)
+
+
+def _object(path: Path, name: str, target: Target, text: Callable[[], str], model: str) -> bytes:
+    """Read the object kept at `path`, or compile it for a code model and keep it."""
     code = _read(path)
-    machine = target_machine(target)
     if code is None:
-        module = llvm.parse_assembly(text)
-        module.verify()
-        code = machine.emit_object(module)
+        from . import compiler
+
+        code = compiler.emit(text(), target, model)
         _log.info("compiled %s for %s (once on this machine)", name, describe(target))
         _save(path, code)
-    # an object is only linked: of LLVM itself, 30 MB of code, little has to be in memory then
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    _engines.append(engine)
-    return int(engine.get_function_address(name))
+    return code
+
+
+@cache
+def _sources() -> str:
+    """Digest of this package: a change of one file may change the code of any kernel."""
+    files = sorted(p for p in Path(__file__).parent.glob("*.py") if p.stem not in _LOADERS)
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+
+
+@cache
+def _versions() -> str:
+    """Digest of the compilers' versions, read without importing them."""
+    found = hashlib.sha256()
+    for package in ("numba", "llvmlite"):
+        spec = find_spec(package)
+        if spec is not None and spec.origin:
+            found.update(Path(spec.origin).with_name("_version.py").read_bytes())
+    return found.hexdigest()
 
 
 def _save(path: Path, code: bytes) -> None:
@@ -131,7 +159,12 @@ def _save(path: Path, code: bytes) -> None:
     try:
         keep(path, hashlib.sha256(code).digest() + code)
     except OSError as error:
-        _log.warning("compiled kernels are not kept: cannot write %s (%s)", path.parent, error)
+        _log.warning(
+            "compiled kernels are not kept, every process compiles them again: cannot write %s "
+            "(%s); set BLOCKSPARSE_CACHE to a folder that can be written",
+            path.parent,
+            error,
+        )
 
 
 def _read(path: Path) -> bytes | None:

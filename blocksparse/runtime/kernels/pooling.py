@@ -9,23 +9,25 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from . import records as r
-from .intrinsics import call
-from .records import span, view, zero_beside, zero_ends
+from .intrinsics import call, floats_at
+from .loop import loop
+from .views import span, view, zero_beside, zero_ends
 
 
-@njit(cache=True, nogil=True)
-def pool_item(memory: Any, memory_at: int, step: Any, item: int, batch: int) -> None:
+@loop
+def pool_item(
+    memory: Any, memory_at: int, step: Any, item: int, batch: int, scratch_at: int
+) -> None:
     """Pool one chunk of output rows, or of channels."""
     if step[r.FAST]:
         _pool_fast(memory, memory_at, step, item, batch)
     else:
-        _pool_any(memory, step, item, batch)
+        _pool_any(memory, step, item, batch, scratch_at)
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _pool_fast(memory: Any, memory_at: int, step: Any, item: int, batch: int) -> None:
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     start, stop, first, last = span(step, item, b.channels, batch * b.height)
@@ -50,13 +52,13 @@ def _pool_fast(memory: Any, memory_at: int, step: Any, item: int, batch: int) ->
         line += rows
 
 
-@njit(cache=True, nogil=True)
-def _pool_any(memory: Any, step: Any, item: int, batch: int) -> None:
+@loop
+def _pool_any(memory: Any, step: Any, item: int, batch: int, scratch_at: int) -> None:
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     kind, pad_w = step[r.KIND], step[r.PAD_W]
     kernel_h, kernel_w, stride_w = step[r.KERNEL_H], step[r.KERNEL_W], step[r.STRIDE_W]
     reach = (b.width - 1) * stride_w + (kernel_w - 1) * step[r.DILATION_W] + 1
-    line = np.empty(max(reach, pad_w + a.width), np.float32)
+    line = floats_at(scratch_at + r.HEADER, max(reach, pad_w + a.width))
     empty = np.float32(-np.inf) if kind == r.MAX_POOL else np.float32(0)
     line[:] = empty
     pixels = line[pad_w : pad_w + a.width]
@@ -104,7 +106,7 @@ def _pool_any(memory: Any, step: Any, item: int, batch: int) -> None:
                     out[x] = total / np.float32(rows * columns)
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _max_columns(line: Any, out: Any, kernel: int, stride: int, dilation: int) -> None:
     for x in range(out.size):
         best = line[x * stride]
@@ -115,7 +117,7 @@ def _max_columns(line: Any, out: Any, kernel: int, stride: int, dilation: int) -
         out[x] = best
 
 
-@njit(cache=True, nogil=True)
+@loop
 def adaptive_pool_item(memory: Any, step: Any, item: int, batch: int) -> None:
     """Average one chunk of channels over an adaptive grid.
 

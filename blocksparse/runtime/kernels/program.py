@@ -17,116 +17,99 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
+from . import call_record as c
 from . import records as r
 from .convolution import conv_item
 from .copying import copy_item, phases_item
 from .elementwise import elementwise_item
-from .intrinsics import compare_exchange, fetch_add, give_way, load_acquire, now, pause, store
+from .intrinsics import (
+    compare_exchange,
+    fetch_add,
+    floats_at,
+    give_way,
+    integers_at,
+    load_acquire,
+    now,
+    pause,
+    store,
+)
 from .linear import linear_item
+from .loop import loop
 from .pooling import adaptive_pool_item, pool_item
 from .winograd import winograd_item
 from .winograd_tiles import tiles_item
 
-QUEUES = 8
-"""Most queues that the items of a step are cut into; more threads than that share them."""
-
-LINE = 8
-"""int64 values of a cache line; every counter has one of its own."""
-
 LINGER = 500
 """Turns of a waiting loop that a helper takes on its way out, some ten microseconds."""
-
-GATE = 2 * LINE
-"""int64 values before the counters: the gate, and how many helpers have left through it."""
-
-SHUT = 1 << 31
-"""Bit of the gate. Below it, the helpers that entered; above it, the number of the call."""
-
-COUNTER_STRIDE = LINE * (1 + QUEUES)
-"""int64 counters of one step: finished items, then the items taken from every queue."""
 
 PATIENCE = 2000
 """Rounds of the waiting loop, tens of microseconds, before the core is offered to others."""
 
 
-@njit(cache=True, nogil=True)
-def run(
-    program: Any, tables: Any, vectors: Any, memory: Any, memory_at: int, counters: Any, x: Any,
-    y: Any, batch: int, times: Any, thread: int, threads: int,
-    scratch_at: int, call_number: int,
-) -> None:  # fmt: skip
+def run(record_at: int) -> None:
     """Run a program, or help to.
+
+    Compiled by `compiler.loop_text`; nothing is given but one address, so that it can be called
+    without Numba.
 
     Parameters
     ----------
-    program : ndarray of int64, shape (steps, records.FIELDS)
-        The steps.
-    tables : ndarray of int64, 1-D
-        Row tiles, part boundaries, phase shifts.
-    vectors : ndarray of float32, 1-D
-        Scales and shifts.
-    memory : ndarray of float32, 1-D
-        Where all values lie; ``memory_at`` is its address.
-    counters : ndarray of int64, shape (GATE + steps * COUNTER_STRIDE,)
-        Zeros but for the first, the open gate: ``call << 32``.
-    x, y : ndarray of float32, 1-D
-        Input and output, contiguous.
-    batch : int
-        Images.
-    times : ndarray of int64, shape (steps + 1, 2) or (0, 2)
-        Receives when this thread had done its own part of a step, and when the step was done by
-        all, in nanoseconds; the first row receives the start. With no rows nothing is noted.
-    thread, threads : int
-        Which thread this is, from 0, of how many.
-    scratch_at : int
-        Address of this thread's own scratch memory.
-    call_number : int
-        Which call this thread is here for; the helpers of one that is over leave again.
+    record_at : int
+        Address of what `call_record` describes. Where times are noted, this thread writes in row
+        s + 1 when it had done its own part of step s, and when the step was done by all, in
+        nanoseconds; the first row receives the start.
     """
-    gate = counters.ctypes.data
-    if thread > 0 and not _enter(gate, call_number):
+    call = integers_at(record_at, c.FIELDS)
+    thread, threads, batch = call[c.THREAD], call[c.THREADS], call[c.BATCH]
+    gate, scratch_at = call[c.COUNTERS_AT], call[c.SCRATCH_AT]
+    if thread > 0 and not _enter(gate, call[c.NUMBER]):
         return
-    counters_at = gate + 8 * GATE
-    timed = times.shape[0] > 0
+    tables = integers_at(call[c.TABLES_AT], call[c.TABLES_SIZE])
+    vectors = floats_at(call[c.VECTORS_AT], call[c.VECTORS_SIZE])
+    memory = floats_at(call[c.MEMORY_AT], call[c.MEMORY_SIZE])
+    x = floats_at(call[c.INPUT_AT], call[c.INPUT_SIZE])
+    y = floats_at(call[c.OUTPUT_AT], call[c.OUTPUT_SIZE])
+    times = integers_at(call[c.TIMES_AT], 2 * call[c.TIMES_ROWS])
+    counters_at = gate + 8 * c.GATE
+    timed = times.size > 0
     store(scratch_at, -1)  # it holds nothing of this call yet
-    queues = min(threads, QUEUES)
+    queues = min(threads, c.QUEUES)
     if timed:
-        times[0, :] = now()
-    for s in range(program.shape[0]):
-        step = program[s]
+        times[0] = times[1] = now()
+    for s in range(call[c.STEPS]):
+        step = integers_at(call[c.STEPS_AT] + 8 * r.FIELDS * s, r.FIELDS)
         items = step[r.ITEMS]
-        finished = counters_at + 8 * COUNTER_STRIDE * s
+        finished = counters_at + 8 * c.COUNTER_STRIDE * s
         for turn in range(queues):
             queue = (thread + turn) % queues
-            taken = finished + 8 * LINE * (1 + queue)
+            taken = finished + 8 * c.LINE * (1 + queue)
             first, end = items * queue // queues, items * (queue + 1) // queues
             while True:
                 item = first + fetch_add(taken, 1)
                 if item >= end:
                     break
-                _run_item(
-                    step, tables, vectors, memory, memory_at, x, y, item, batch, scratch_at, s
-                )
+                run_item(
+                    step, tables, vectors, memory, call[c.MEMORY_AT], x, y, item, batch,
+                    scratch_at, s,
+                )  # fmt: skip
                 fetch_add(finished, 1)
         if timed:
-            times[s + 1, 0] = now()
+            times[2 * s + 2] = now()
         _wait(finished, items)
         if timed:
-            times[s + 1, 1] = now()
-    left = gate + 8 * LINE
+            times[2 * s + 3] = now()
+    left = gate + 8 * c.LINE
     if thread > 0:
         fetch_add(left, 1)
         # Back in Python this thread takes the interpreter's lock. The caller wants it now.
         for _ in range(LINGER):
             pause()
     else:
-        entered = fetch_add(gate, SHUT) & (SHUT - 1)
+        entered = fetch_add(gate, c.SHUT) & (c.SHUT - 1)
         _wait(left, entered)  # they are past their last item
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _wait(counter: int, count: int) -> None:
     spins = 0
     while load_acquire(counter) < count:
@@ -136,21 +119,22 @@ def _wait(counter: int, count: int) -> None:
             give_way()
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _enter(gate: int, call_number: int) -> bool:
     while True:
         state = load_acquire(gate)
-        if state >> 32 != call_number or state & SHUT:
+        if state >> 32 != call_number or state & c.SHUT:
             return False
         if compare_exchange(gate, state, state + 1):
             return True
 
 
-@njit(cache=True, nogil=True)
-def _run_item(
+@loop
+def run_item(
     step: Any, tables: Any, vectors: Any, memory: Any, memory_at: int, x: Any, y: Any, item: int,
     batch: int, scratch_at: int, s: int,
 ) -> None:  # fmt: skip
+    """Compute item `item` of step `s`, whose record is `step`."""
     op = step[r.OP]
     if op == r.CONV or op == r.CONV_NM:
         conv_item(memory, memory_at, step, tables, item, batch)
@@ -161,7 +145,7 @@ def _run_item(
     elif op == r.LINEAR or op == r.LINEAR_NM:
         linear_item(memory_at, step, tables, item, batch)
     elif op == r.POOL:
-        pool_item(memory, memory_at, step, item, batch)
+        pool_item(memory, memory_at, step, item, batch, scratch_at)
     elif op == r.ADAPTIVE_POOL:
         adaptive_pool_item(memory, step, item, batch)
     elif op == r.ELEMENTWISE:

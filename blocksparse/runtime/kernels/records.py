@@ -1,14 +1,8 @@
-"""The records of a program, and the shapes its loops work on.
+"""The records of a program.
 
 A program is an int64 table, one row per step. This module is the one place that knows what stands
 in which column.
 """
-
-from __future__ import annotations
-
-from typing import Any, NamedTuple
-
-from numba import njit
 
 # What runs
 LOAD, STORE, COPY, CONV, CONV_NM, LINEAR, LINEAR_NM, POOL, ADAPTIVE_POOL, ELEMENTWISE = range(10)
@@ -37,17 +31,19 @@ WIDEST = 31  # vectors of the largest register tile
 # Winograd convolutions, besides KERNELS, LANES, TILES, PARTS, BIAS and BOUNDS; distances in floats
 TILE_ROWS_ALL, BAND, TILE_ROWS_IMAGE = 7, 8, 12  # tile rows: of the batch, of a band, of an image
 INPUT_KERNEL, OUTPUT_KERNEL = 17, 18
-INSIDE, WITHIN, ZEROS = (
-    19,
-    20,
-    21,
-)  # addresses: pixels of an image row, all of a row, a row of zeros
+INSIDE, WITHIN, ZEROS = 19, 20, 21  # addresses: pixels of an image row, all of it, a row of zeros
 PAD_TOP = 22
 PLANE, PLANE_CHANNEL = 23, 24  # from one plane of transformed input, and its channels, to the next
 SUMS_PLANE, SUMS_ROW = 25, 26  # the same for the products of one row tile
 STEP_BYTES = 27  # weights of one kernel step
 # for tiles in both directions: tile rows are units, and
 GROUPS, UNITS_ROW, PAD_LEFT = 28, 29, 30  # tile rows of a unit, units along a row
+
+HEADER = 64
+"""Bytes at the start of the scratch memory: which band of which step its planes hold."""
+
+UNITS = 2
+"""Units computed at once: their sums, 36 planes of a row tile, have to stay in the first cache."""
 
 # A row tile in the tables
 TILE_FIRST, TILE_ROWS, TILE_VALUES, TILE_OFFSETS, TILE_COUNT, TILE_INDICES = range(6)
@@ -65,71 +61,3 @@ FAST, COLUMN_MASKS, DIVISORS, ROW_VECTORS = 13, 14, 15, 17  # WITHIN, LANES: as 
 # Elementwise
 FUNCTION, ACTIVATION, SCALE_AT, SHIFT_AT = 3, 4, 5, 6  # places of scale and shift in the vectors
 ADD, MUL, MUL_CHANNEL, AFFINE, ACTIVATE = range(5)
-
-
-class View(NamedTuple):
-    """Where a value lies; see `blocksparse.runtime.layout.Layout`."""
-
-    base: int
-    channel: int
-    image: int
-    row: int
-    channels: int
-    height: int
-    width: int
-    margin: int
-
-
-@njit(cache=True, nogil=True)
-def view(step: Any, at: int) -> View:
-    """Read a layout from a step's record."""
-    return View(
-        step[at], step[at + 1], step[at + 2], step[at + 3],
-        step[at + 4], step[at + 5], step[at + 6], step[at + 7],
-    )  # fmt: skip
-
-
-@njit(cache=True, nogil=True)
-def span(step: Any, item: int, channels: int, lines: int) -> tuple[int, int, int, int]:
-    """First and last channel, first and last line of a work item; the last are excluded."""
-    first = item * step[CHUNK]
-    if step[BY_CHANNELS]:
-        return first, min(channels, first + step[CHUNK]), 0, lines
-    return 0, channels, first, min(lines, first + step[CHUNK])
-
-
-@njit(cache=True, nogil=True)
-def zero_beside(memory: Any, to: View, channel: int, n: int, y: int, batch: int) -> None:
-    """Zero what lies beside row y of image n and that a convolution could read as padding.
-
-    That is everything up to the next row or image, and the margins at both ends of a channel.
-    """
-    if to.margin < 0:
-        return
-    start = to.base + channel * to.channel
-    if n == 0 and y == 0:
-        memory[start - to.margin : start] = 0
-    end = start + n * to.image + y * to.row + to.width
-    if y < to.height - 1:
-        memory[end : end + to.row - to.width] = 0
-    elif n < batch - 1:
-        memory[end : start + (n + 1) * to.image] = 0
-    else:
-        memory[end : end + to.margin] = 0
-
-
-@njit(cache=True, nogil=True)
-def zero_ends(
-    memory: Any, to: View, first: int, last: int, n: int, y: int, rows: int, batch: int
-) -> None:
-    """Do `zero_beside` for channels whose rows were written whole, padding columns included.
-
-    Only the first and the last row of an image have anything else beside them.
-    """
-    if y != 0 and y + rows != to.height:
-        return
-    for channel in range(first, last):
-        if y == 0:
-            zero_beside(memory, to, channel, n, 0, batch)
-        if y + rows == to.height:
-            zero_beside(memory, to, channel, n, to.height - 1, batch)

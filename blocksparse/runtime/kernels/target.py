@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
-import llvmlite.binding as llvm
+from .cache import cache_folder, keep
 
 
 @dataclass(frozen=True)
@@ -78,17 +84,52 @@ def host() -> Target:
     Target
         The host's target.
     """
-    from numba.core import config
-
-    triple = llvm.get_process_triple()
-    cpu = config.CPU_NAME or llvm.get_host_cpu_name()
-    features = config.CPU_FEATURES
-    if features is None:
-        try:
-            features = llvm.get_host_cpu_features().flatten()
-        except RuntimeError:  # LLVM cannot tell on this platform: the baseline instruction set
-            features = ""
+    triple, cpu, features = _host()
+    cpu = os.environ.get("NUMBA_CPU_NAME") or cpu
+    # as Numba has it: the generic processor has no features unless they are named
+    features = "" if cpu.lower() == "generic" else features
+    features = os.environ.get("NUMBA_CPU_FEATURES", features)
     return Target(triple, cpu, features, **tile_for(triple, features))
+
+
+@cache
+def _host() -> tuple[str, str, str]:
+    """Triple, processor and features, as LLVM finds them.
+
+    What it found is kept beside the kernels, and found again while Linux describes the same
+    processor: asking takes loading LLVM.
+    """
+    path = None
+    if processor := _processor():
+        digest = hashlib.sha256(processor.encode()).hexdigest()[:16]
+        path = cache_folder() / f"processor-{digest}.json"
+        try:
+            triple, cpu, features = json.loads(path.read_text("utf-8"))
+            return str(triple), str(cpu), str(features)
+        except (OSError, ValueError, TypeError):
+            pass  # not kept yet, or damaged
+    import llvmlite.binding as llvm
+
+    try:
+        features = llvm.get_host_cpu_features().flatten()
+    except RuntimeError:  # LLVM cannot tell on this platform: the baseline instruction set
+        features = ""
+    found = (llvm.get_process_triple(), llvm.get_host_cpu_name(), features)
+    if path is not None:
+        with suppress(OSError):  # it only costs time
+            keep(path, json.dumps(found).encode())
+    return found
+
+
+def _processor() -> str:
+    """Return what Linux says of the first processor but for its clock; elsewhere nothing."""
+    try:
+        first = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n")[0]
+    except OSError:
+        return ""
+    return platform.machine() + "\n".join(
+        line for line in first.splitlines() if "MHz" not in line and "mips" not in line.lower()
+    )
 
 
 def describe(target: Target) -> str:

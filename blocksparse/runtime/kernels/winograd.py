@@ -14,19 +14,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from . import records as r
 from .convolution import width_of
 from .intrinsics import call, load_acquire, store
-from .records import view, zero_ends
+from .loop import loop
+from .views import view, zero_ends
 from .winograd_matrices import OUTPUTS, PLANES
 
-HEADER = 64
-"""Bytes at the start of the scratch memory: which band of which step its planes hold."""
 
-
-@njit(cache=True, nogil=True)
+@loop
 def winograd_item(
     memory: Any, memory_at: int, step: Any, tables: Any, item: int, batch: int, scratch_at: int,
     tag: int,
@@ -46,10 +42,10 @@ def winograd_item(
     last = min(step[r.TILE_ROWS_ALL], first + step[r.BAND])
     tag = (tag << 32) + band
     if load_acquire(scratch_at) != tag:
-        _planes(memory_at, step, first, last, scratch_at + HEADER)
+        _planes(memory_at, step, first, last, scratch_at + r.HEADER)
         store(scratch_at, tag)
-    x = scratch_at + HEADER + 4 * step[r.LANES]  # before it, the zeros left of the first row
-    sums = scratch_at + HEADER + 4 * PLANES * step[r.PLANE]
+    x = scratch_at + r.HEADER + 4 * step[r.LANES]  # before it, the zeros left of the first row
+    sums = scratch_at + r.HEADER + 4 * PLANES * step[r.PLANE]
     vectors = -(-(last - first) * b.row // step[r.LANES])
     for tile in range(tables[step[r.PARTS] + part], tables[step[r.PARTS] + part + 1]):
         at = step[r.TILES] + tile * r.TILE_FIELDS
@@ -76,7 +72,7 @@ def winograd_item(
             )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _planes(memory_at: int, step: Any, first: int, last: int, planes: int) -> None:
     """Transform the input rows of a band."""
     a = view(step, r.SOURCE)
@@ -94,7 +90,7 @@ def _planes(memory_at: int, step: Any, first: int, last: int, planes: int) -> No
         )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _outputs(
     memory: Any, memory_at: int, step: Any, t: int, k: int, channels: int, sums: int, batch: int
 ) -> None:

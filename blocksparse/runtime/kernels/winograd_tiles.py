@@ -9,19 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from . import records as r
 from .intrinsics import call, load_acquire, store
-from .records import view, zero_ends
-from .winograd import HEADER
+from .loop import loop
+from .views import view, zero_ends
 from .winograd_matrices import OUTPUTS, PLANES
 
-WIDEST = 2
-"""Units computed at once: their sums, 36 planes of a row tile, have to stay in the first cache."""
 
-
-@njit(cache=True, nogil=True)
+@loop
 def tiles_item(
     memory: Any, memory_at: int, step: Any, tables: Any, item: int, batch: int, scratch_at: int,
     tag: int,
@@ -35,7 +30,7 @@ def tiles_item(
     last = min(step[r.TILE_ROWS_ALL], first + step[r.BAND])
     tag = (tag << 32) + band
     vector = 4 * step[r.LANES]
-    planes = scratch_at + HEADER
+    planes = scratch_at + r.HEADER
     if load_acquire(scratch_at) != tag:
         for unit in range(first, last):
             _planes(memory_at, step, unit, planes + (unit - first) * vector)
@@ -46,7 +41,7 @@ def tiles_item(
         count = tables[at + r.TILE_COUNT]
         unit = first
         while unit < last:
-            width = min(WIDEST, last - unit)
+            width = min(r.UNITS, last - unit)
             for plane in range(PLANES * PLANES):
                 call(
                     step[r.KERNELS + width - 1],
@@ -65,7 +60,7 @@ def tiles_item(
             unit += width
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _place(step: Any, unit: int) -> tuple[int, int, int]:
     """Image, first output row and vector along the row of a unit."""
     along = step[r.UNITS_ROW]
@@ -73,7 +68,7 @@ def _place(step: Any, unit: int) -> tuple[int, int, int]:
     return n, within // along * OUTPUTS * step[r.GROUPS], within % along
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _planes(memory_at: int, step: Any, unit: int, planes: int) -> None:
     a = view(step, r.SOURCE)
     n, y, v = _place(step, unit)
@@ -89,7 +84,7 @@ def _planes(memory_at: int, step: Any, unit: int, planes: int) -> None:
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _outputs(
     memory: Any, memory_at: int, step: Any, unit: int, k: int, channels: int, sums: int, batch: int
 ) -> None:

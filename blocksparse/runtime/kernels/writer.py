@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from llvmlite import ir
 
 from blocksparse.format.weights import index_bits
+
+from .kernel import Kernel
 
 I8 = ir.IntType(8)
 I32 = ir.IntType(32)
@@ -23,51 +24,6 @@ block, took the dense 1x1 convolutions of ResNet-50's last stage from 3.5 to 2.1
 """
 
 Body = Callable[[list[ir.Value]], list[ir.Value]]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A micro-kernel by its parameters.
-
-    Parameters
-    ----------
-    op : {"sparse_conv", "sparse_product", "nm_conv", "sparse_linear", "nm_linear", \
-          "winograd_input", "winograd_output", "tile_input", "tile_output", \
-          "copy_phases", "pool_max", "pool_avg"}
-        Which product, transform or move.
-    rows : int
-        Output channels in the tile; for a pool the height of its window.
-    columns : int
-        Input channels of a block; for N:M the nonzeros kept of each group (n); for a pool the width
-        of its window.
-    width : int
-        Vectors of pixels, or images for the linear products; for a pool its column stride; for
-        tiles the tile rows of a unit.
-    group : int
-        For N:M the group length m, else 0.
-    """
-
-    op: str
-    rows: int = 1
-    columns: int = 1
-    width: int = 1
-    group: int = 0
-
-    @property
-    def name(self) -> str:
-        """The symbol: dtype, pattern, op, tile."""
-        pattern, op = self.op.split("_")
-        if pattern in ("winograd", "copy"):
-            return f"f32_{self.op}"
-        if pattern == "tile":
-            return f"f32_{self.op}_g{self.width}"
-        if pattern == "pool":
-            return f"f32_{self.op}_{self.rows}x{self.columns}s{self.width}"
-        if pattern == "nm":
-            block = f"nm{self.columns}of{self.group}"
-        else:
-            block = f"bsr{self.rows}x{self.columns}"
-        return f"f32_{block}_{op}_{'t' if op == 'linear' else 'v'}{self.width}"
 
 
 class Function:

@@ -1,0 +1,34 @@
+"""What a thread that runs a program is given: a record of int64, and counters that all share."""
+
+from __future__ import annotations
+
+# The record: addresses, and sizes in elements
+STEPS_AT, STEPS = 0, 1  # the program
+TABLES_AT, TABLES_SIZE = 2, 3  # int64: row tiles, part boundaries, phase shifts
+VECTORS_AT, VECTORS_SIZE = 4, 5  # float32: scales and shifts
+MEMORY_AT, MEMORY_SIZE = 6, 7  # float32: all values
+COUNTERS_AT = 8
+INPUT_AT, INPUT_SIZE = 9, 10  # float32, contiguous
+OUTPUT_AT, OUTPUT_SIZE = 11, 12
+BATCH = 13  # images
+TIMES_AT, TIMES_ROWS = 14, 15  # int64, two columns; no rows: nothing is noted
+THREAD, THREADS = 16, 17  # which this is, from 0, of how many
+SCRATCH_AT = 18  # memory of this thread alone
+NUMBER = 19  # of the call; the helpers of one that is over leave again
+FIELDS = 20
+
+# The counters
+QUEUES = 8
+"""Most queues that the items of a step are cut into; more threads than that share them."""
+
+LINE = 8
+"""int64 values of a cache line; every counter has one of its own."""
+
+GATE = 2 * LINE
+"""int64 values before the counters: the gate, and how many helpers have left through it."""
+
+SHUT = 1 << 31
+"""Bit of the gate. Below it, the helpers that entered; above it, the number of the call."""
+
+COUNTER_STRIDE = LINE * (1 + QUEUES)
+"""int64 counters of one step: finished items, then the items taken from every queue."""

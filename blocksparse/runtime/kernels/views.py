@@ -1,0 +1,76 @@
+"""Where values lie, as the loops read it from records, and the zeros kept beside them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from . import records as r
+from .loop import loop
+
+
+class View(NamedTuple):
+    """Where a value lies; see `blocksparse.runtime.layout.Layout`."""
+
+    base: int
+    channel: int
+    image: int
+    row: int
+    channels: int
+    height: int
+    width: int
+    margin: int
+
+
+@loop
+def view(step: Any, at: int) -> View:
+    """Read a layout from a step's record."""
+    return View(
+        step[at], step[at + 1], step[at + 2], step[at + 3],
+        step[at + 4], step[at + 5], step[at + 6], step[at + 7],
+    )  # fmt: skip
+
+
+@loop
+def span(step: Any, item: int, channels: int, lines: int) -> tuple[int, int, int, int]:
+    """First and last channel, first and last line of a work item; the last are excluded."""
+    first = item * step[r.CHUNK]
+    if step[r.BY_CHANNELS]:
+        return first, min(channels, first + step[r.CHUNK]), 0, lines
+    return 0, channels, first, min(lines, first + step[r.CHUNK])
+
+
+@loop
+def zero_beside(memory: Any, to: View, channel: int, n: int, y: int, batch: int) -> None:
+    """Zero what lies beside row y of image n and that a convolution could read as padding.
+
+    That is everything up to the next row or image, and the margins at both ends of a channel.
+    """
+    if to.margin < 0:
+        return
+    start = to.base + channel * to.channel
+    if n == 0 and y == 0:
+        memory[start - to.margin : start] = 0
+    end = start + n * to.image + y * to.row + to.width
+    if y < to.height - 1:
+        memory[end : end + to.row - to.width] = 0
+    elif n < batch - 1:
+        memory[end : start + (n + 1) * to.image] = 0
+    else:
+        memory[end : end + to.margin] = 0
+
+
+@loop
+def zero_ends(
+    memory: Any, to: View, first: int, last: int, n: int, y: int, rows: int, batch: int
+) -> None:
+    """Do `zero_beside` for channels whose rows were written whole, padding columns included.
+
+    Only the first and the last row of an image have anything else beside them.
+    """
+    if y != 0 and y + rows != to.height:
+        return
+    for channel in range(first, last):
+        if y == 0:
+            zero_beside(memory, to, channel, n, 0, batch)
+        if y + rows == to.height:
+            zero_beside(memory, to, channel, n, to.height - 1, batch)
