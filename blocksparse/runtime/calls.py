@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,22 +31,22 @@ class CallMemory:
         self.values, self.counters = values, counters[skip : skip + size]
         self.output = np.empty(plan.outputs, np.float32)
         self.calls = 0
-        # what is the same in every call: looking up an address takes a microsecond
-        self._fixed = [0] * c.FIELDS
+        # written once but for a few fields: looking up an address takes a microsecond, and far
+        # more in the middle of a large network, when nothing of Python is in the caches
+        self._record = array("q", [0] * c.FIELDS)
+        self._grown: list[array[int]] = []  # a late helper may still read one that was too short
         for at, given in (
             (c.STEPS_AT, plan.records), (c.TABLES_AT, plan.integers),
             (c.VECTORS_AT, plan.vectors), (c.MEMORY_AT, values), (c.OUTPUT_AT, self.output),
         ):  # fmt: skip
-            self._fixed[at : at + 2] = given.ctypes.data, given.size
-        self._fixed[c.STEPS] = len(plan.records)
-        self._fixed[c.COUNTERS_AT] = self.counters.ctypes.data
+            self._record[at], self._record[at + 1] = given.ctypes.data, given.size
+        self._record[c.STEPS], self._record[c.BATCH] = len(plan.records), len(self.output)
+        self._record[c.COUNTERS_AT] = self.counters.ctypes.data
 
     def call(
-        self,
-        images: npt.NDArray[np.float32],
-        times: list[npt.NDArray[np.int64]],
-    ) -> Call:
-        """Zero the counters, let helpers in, and write what each thread is given.
+        self, images: npt.NDArray[np.float32], times: list[npt.NDArray[np.int64]]
+    ) -> tuple[int, int]:
+        """Zero the counters, let helpers in, and write what the threads are given.
 
         Parameters
         ----------
@@ -55,21 +54,23 @@ class CallMemory:
             Contiguous, as many as the plan is for.
         times : list of ndarray of int64
             What each thread notes its times in, see `trace.blank_times`.
+
+        Returns
+        -------
+        record_at, number : int
+            What `program.run` takes. This memory has to live as long as any thread may read it.
         """
+        self.scratch(len(times) - 1)
+        record = self._record
+        record[c.INPUT_AT], record[c.INPUT_SIZE] = images.ctypes.data, images.size
+        record[c.THREADS], record[c.TIMES_ROWS] = len(times), len(times[0])
+        if len(times[0]):
+            for thread, own in enumerate(times):
+                record[c.FIELDS + thread * c.OWN_FIELDS + c.TIMES_AT] = own.ctypes.data
         self.calls = (self.calls + 1) % 2**31
         self.counters[1:] = 0
         self.counters[0] = self.calls << 32
-        # plain lists: assignments to parts of a NumPy array took 27 microseconds, this 5
-        shared = self._fixed.copy()
-        shared[c.INPUT_AT : c.INPUT_AT + 2] = images.ctypes.data, images.size
-        shared[c.BATCH], shared[c.NUMBER], shared[c.THREADS] = len(images), self.calls, len(times)
-        rows = array("q")
-        for thread, own in enumerate(times):
-            shared[c.THREAD], shared[c.SCRATCH_AT] = thread, self.scratch(thread)
-            if len(own):
-                shared[c.TIMES_AT : c.TIMES_AT + 2] = own.ctypes.data, len(own)
-            rows.extend(shared)
-        return Call(rows, self, images, times)
+        return record.buffer_info()[0], self.calls
 
     def scratch(self, thread: int) -> int:
         """Address of the scratch memory of a thread."""
@@ -77,29 +78,6 @@ class CallMemory:
             raw = np.zeros((self._scratch_bytes + _CACHE_LINE) // 4, np.float32)
             address = int(raw.ctypes.data)
             self._scratch.append((raw, address + -address % _CACHE_LINE))
+            self._grown.append(self._record)
+            self._record = self._record + array("q", [self._scratch[-1][1], 0])
         return self._scratch[thread][1]
-
-
-class Call(NamedTuple):
-    """One call, and whatever its records hold addresses of; a late helper still reads the gate.
-
-    Attributes
-    ----------
-    records : array of int64
-        What each thread is given, `call_record.FIELDS` values each.
-    memory : CallMemory
-        Outputs, values, counters, scratch memory.
-    images : ndarray of float32
-        What is read.
-    times : list of ndarray of int64
-        What each thread notes its times in.
-    """
-
-    records: array[int]
-    memory: CallMemory
-    images: npt.NDArray[np.float32]
-    times: list[npt.NDArray[np.int64]]
-
-    def address(self, thread: int) -> int:
-        """Address of what a thread is given."""
-        return self.records.buffer_info()[0] + thread * c.FIELDS * self.records.itemsize

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from blocksparse.format import Model
 
 from .algorithms import Algorithms
-from .calls import Call, CallMemory
+from .calls import CallMemory
 from .choices import choice_of
 from .explain import LayerChoice
 from .helpers import Helpers
@@ -151,19 +151,22 @@ class CompiledEngine:
         times: list[npt.NDArray[np.int64]],
     ) -> npt.NDArray[np.float32]:
         """Run the plan of a memory, one thread for each of `times`."""
-        call = memory.call(np.ascontiguousarray(x), times)
-        self._helpers.start(self._walk, [(call, thread) for thread in range(1, len(times))])
-        self._walk(call, 0)
+        images = np.ascontiguousarray(x)
+        at, number = memory.call(images, times)
+        helpers = range(1, len(times))
+        self._helpers.start(self._walk, [(memory, at, thread, number) for thread in helpers])
+        self._walk(memory, at, 0, number)
         return memory.output.copy()
 
-    def _walk(self, call: Call, thread: int) -> None:
-        if self._loops(call.address(thread)) != 0:
+    def _walk(self, memory: CallMemory, at: int, thread: int, number: int) -> None:
+        """Run the program, or help; `memory` lives at least as long."""
+        if self._loops(at, thread, number) != 0:
             raise RuntimeError("the compiled loops stopped at an error: this is a defect of them")
 
     @cached_property
-    def _loops(self) -> Callable[[int], int]:
+    def _loops(self) -> Callable[[int, int, int], int]:
         """The compiled loops; Python's lock is not held while they run."""
-        return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)(objects.loops(self.target))
+        return ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * 3)(objects.loops(self.target))
 
     def close(self) -> None:
         """Drop plans and memory, end the helper threads."""

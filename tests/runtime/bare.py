@@ -57,10 +57,9 @@ def engine_of(model, lanes=None):
         compiled.host = kept
 
 
-def one_item(record_at):
-    """Compute one item: the record of a call, then step and item; compiled like the program."""
-    call = integers_at(record_at, c.FIELDS + 2)
-    s, item = call[c.FIELDS], call[c.FIELDS + 1]
+def one_item(record_at, s, item):
+    """Compute one item of a step, as the first helper; compiled like the program."""
+    call = integers_at(record_at, c.FIELDS + 2 * c.OWN_FIELDS)
     run_item(
         integers_at(call[c.STEPS_AT] + 8 * records.FIELDS * s, records.FIELDS),
         integers_at(call[c.TABLES_AT], call[c.TABLES_SIZE]),
@@ -69,27 +68,25 @@ def one_item(record_at):
         call[c.MEMORY_AT],
         floats_at(call[c.INPUT_AT], call[c.INPUT_SIZE]),
         floats_at(call[c.OUTPUT_AT], call[c.OUTPUT_SIZE]),
-        item, call[c.BATCH], call[c.SCRATCH_AT], s,
+        item, call[c.BATCH], call[c.FIELDS + c.OWN_FIELDS + c.SCRATCH_AT], s,
     )  # fmt: skip
 
 
 def shuffled(call, expected, seeds=(0, 1)):
-    """Compute the items of a call in random orders, over memory full of NaN."""
+    """Compute the items of a helper's call in random orders, over memory full of NaN."""
+    memory, at, _, _ = call
     name = "test_one_item"
     source = objects._sources() + inspect.getsource(one_item)
     address = objects._load(name, host(), source, lambda: loop_text(one_item, name))
-    compute = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)(address)
-    record = np.append(call.records[: c.FIELDS], [0, 0])
-    items = call.memory.plan.records[:, records.ITEMS]
+    compute = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * 3)(address)
     for seed in seeds:
         rng = np.random.default_rng(seed)
-        call.memory.values[:] = np.nan
-        call.memory.output[:] = np.nan
-        for s, count in enumerate(items):
+        memory.values[:] = np.nan
+        memory.output[:] = np.nan
+        for s, count in enumerate(memory.plan.records[:, records.ITEMS]):
             for item in rng.permutation(count):
-                record[c.FIELDS :] = s, item
-                assert compute(record.ctypes.data) == 0
-        np.testing.assert_array_equal(call.memory.output, expected)
+                assert compute(at, s, item) == 0
+        np.testing.assert_array_equal(memory.output, expected)
 
 
 def run_over(engine, x, fill, threads=1):

@@ -164,7 +164,7 @@ def test_items_may_be_computed_in_any_order(network, engine):
     _, images, expected = network
     engine._helpers = Helpers()
     engine.run(images, 2)
-    shuffled(engine._helpers.calls[0][0], expected)
+    shuffled(engine._helpers.calls[0], expected)
 
 
 def test_a_trace_says_who_worked(network, engine):

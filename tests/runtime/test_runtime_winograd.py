@@ -260,7 +260,7 @@ def test_bits_do_not_depend_on_threads_order_or_repetition(layout):
             np.testing.assert_array_equal(engine.run(x, threads), expected)
     engine._helpers = Helpers()
     engine.run(x, 2)
-    shuffled(engine._helpers.calls[0][0], expected)
+    shuffled(engine._helpers.calls[0], expected)
 
 
 @pytest.mark.parametrize("layers", [1, 2])

@@ -1,4 +1,4 @@
-"""What a thread that runs a program is given: a record of int64, and counters that all share."""
+"""What the threads that run a program are given: a record of int64, and counters they share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ MEMORY_AT, MEMORY_SIZE = 6, 7  # float32: all values
 COUNTERS_AT = 8
 INPUT_AT, INPUT_SIZE = 9, 10  # float32, contiguous
 OUTPUT_AT, OUTPUT_SIZE = 11, 12
-BATCH = 13  # images
-TIMES_AT, TIMES_ROWS = 14, 15  # int64, two columns; no rows: nothing is noted
-THREAD, THREADS = 16, 17  # which this is, from 0, of how many
-SCRATCH_AT = 18  # memory of this thread alone
-NUMBER = 19  # of the call; the helpers of one that is over leave again
-FIELDS = 20
+BATCH, THREADS = 13, 14
+TIMES_ROWS = 15  # of what each thread notes; 0: nothing
+FIELDS = 16
+
+# Behind it, for each thread
+SCRATCH_AT = 0  # memory of this thread alone
+TIMES_AT = 1  # int64, two columns
+OWN_FIELDS = 2
 
 # The counters
 QUEUES = 8

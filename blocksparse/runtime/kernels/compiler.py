@@ -7,12 +7,14 @@ import this module, which costs a quarter of a second and 60 MB.
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core.registry import cpu_target
 
+from .loop import loop
 from .target import Target
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -20,41 +22,41 @@ _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _engines: list[llvm.ExecutionEngine] = []  # the code lives as long as its engine
 
 
-def loop_text(function: Callable[[int], None], name: str) -> str:
+def loop_text(function: Callable[..., None], name: str) -> str:
     """Compile a function with Numba as far as LLVM IR.
 
     Parameters
     ----------
     function : callable
-        Takes one int64 and returns nothing; what it calls may be decorated with `loop`.
+        Takes int64 and returns nothing; what it calls may be decorated with `loop`.
     name : str
         The symbol it gets.
 
     Returns
     -------
     str
-        An LLVM module, already optimised, in which a C function ``int32_t name(int64_t)`` stands.
-        It returns 0, or another number where Numba would raise an exception.
+        An LLVM module, already optimised, in which a C function ``int32_t name(int64_t, ...)``
+        stands. It returns 0, or another number where Numba would raise an exception.
     """
-    # without the wrappers that make Python objects of results and exceptions, nothing in the code
-    # refers to Python
-    compiled = njit((types.int64,), no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    count = len(signature(function).parameters)
+    compiled = loop(function)
+    compiled.compile((types.int64,) * count)
     (result,) = compiled.overloads.values()
     module = llvm.parse_assembly(compiled.inspect_llvm(compiled.signatures[0]))
-    module.link_in(llvm.parse_assembly(_entry(result.fndesc.llvm_func_name, name)))
+    module.link_in(llvm.parse_assembly(_entry(result.fndesc.llvm_func_name, name, count)))
     return str(module)
 
 
-def _entry(native: str, name: str) -> str:
+def _entry(native: str, name: str, count: int) -> str:
     """Write a C function around one of Numba's, which also takes places for result and error."""
     module, pointer = ir.Module(name=name), ir.IntType(8).as_pointer()
     exception = ir.LiteralStructType([pointer, _I32, pointer, pointer, _I32]).as_pointer()
     places = [pointer.as_pointer(), exception.as_pointer()]
-    called = ir.Function(module, ir.FunctionType(_I32, [*places, _I64]), name=native)
-    entry = ir.Function(module, ir.FunctionType(_I32, [_I64]), name=name)
+    called = ir.Function(module, ir.FunctionType(_I32, [*places, *[_I64] * count]), name=native)
+    entry = ir.Function(module, ir.FunctionType(_I32, [_I64] * count), name=name)
     builder = ir.IRBuilder(entry.append_basic_block("entry"))
     taken = [builder.alloca(place.pointee) for place in places]
-    builder.ret(builder.call(called, [*taken, entry.args[0]]))
+    builder.ret(builder.call(called, [*taken, *entry.args]))
     return str(module)
 
 

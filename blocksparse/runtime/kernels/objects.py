@@ -70,7 +70,7 @@ def loops(target: Target) -> int:
     Returns
     -------
     int
-        Address of a C function of one int64; see `compiler.loop_text`.
+        Address of a C function; see `compiler.loop_text`.
     """
 
     def text() -> str:

@@ -46,10 +46,10 @@ PATIENCE = 2000
 """Rounds of the waiting loop, tens of microseconds, before the core is offered to others."""
 
 
-def run(record_at: int) -> None:
+def run(record_at: int, thread: int, number: int) -> None:
     """Run a program, or help to.
 
-    Compiled by `compiler.loop_text`; nothing is given but one address, so that it can be called
+    Compiled by `compiler.loop_text`; it takes nothing but integers, so that it can be called
     without Numba.
 
     Parameters
@@ -58,18 +58,23 @@ def run(record_at: int) -> None:
         Address of what `call_record` describes. Where times are noted, this thread writes in row
         s + 1 when it had done its own part of step s, and when the step was done by all, in
         nanoseconds; the first row receives the start.
+    thread : int
+        Which this is, from 0, the caller.
+    number : int
+        The call this thread is here for; the helpers of one that is over leave again.
     """
     call = integers_at(record_at, c.FIELDS)
-    thread, threads, batch = call[c.THREAD], call[c.THREADS], call[c.BATCH]
-    gate, scratch_at = call[c.COUNTERS_AT], call[c.SCRATCH_AT]
-    if thread > 0 and not _enter(gate, call[c.NUMBER]):
+    gate, threads, batch = call[c.COUNTERS_AT], call[c.THREADS], call[c.BATCH]
+    if thread > 0 and not _enter(gate, number):
         return
+    own = integers_at(record_at + 8 * (c.FIELDS + thread * c.OWN_FIELDS), c.OWN_FIELDS)
+    scratch_at = own[c.SCRATCH_AT]
     tables = integers_at(call[c.TABLES_AT], call[c.TABLES_SIZE])
     vectors = floats_at(call[c.VECTORS_AT], call[c.VECTORS_SIZE])
     memory = floats_at(call[c.MEMORY_AT], call[c.MEMORY_SIZE])
     x = floats_at(call[c.INPUT_AT], call[c.INPUT_SIZE])
     y = floats_at(call[c.OUTPUT_AT], call[c.OUTPUT_SIZE])
-    times = integers_at(call[c.TIMES_AT], 2 * call[c.TIMES_ROWS])
+    times = integers_at(own[c.TIMES_AT], 2 * call[c.TIMES_ROWS])
     counters_at = gate + 8 * c.GATE
     timed = times.size > 0
     store(scratch_at, -1)  # it holds nothing of this call yet
