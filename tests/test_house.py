@@ -33,8 +33,8 @@ EVERYTHING = {
 OURS: dict[str, set[str]] = {
     "__init__": {"format", "runtime"},
     "format": set(),
-    "runtime": {"format"},
-    "perf": {"format", "runtime"},
+    "runtime": {"format", "whole_file"},
+    "perf": {"format", "runtime", "whole_file"},
     "cli": {"format", "runtime", "perf", "report", "whole_file"},
     "sparsity": {"whole_file"},
     "training": {"sparsity"},

@@ -1,7 +1,7 @@
 """Measure the ceilings of this machine, and keep them.
 
 Nothing is taken from a data sheet; what counts is what this process gets here. All probes take
-turns, in runs of about ten milliseconds, and the best run of each counts: whatever disturbs a run
+turns, in runs of about twenty milliseconds, and the best run of each counts: what disturbs a run
 only makes it slower. The median is kept beside it, and tells how quiet the machine was.
 """
 
@@ -29,9 +29,10 @@ from blocksparse.perf.machine import describe_machine, usable_cores
 from blocksparse.perf.timing import Timing, interleave
 from blocksparse.runtime.caches import Cache, memory_limit, system_caches, usual_caches
 from blocksparse.runtime.helpers import Helpers
-from blocksparse.runtime.kernels.cache import cache_folder, keep
+from blocksparse.runtime.kernels.cache import cache_folder
 from blocksparse.runtime.kernels.objects import compile_text
 from blocksparse.runtime.kernels.target import Target, host
+from blocksparse.whole_file import write_whole
 
 ROUNDS = 9
 RUN_SECONDS = 0.02
@@ -41,7 +42,7 @@ ATTEMPTS = 3
 QUIET = 0.8
 """Least share of the best run that the median run reaches on a quiet machine."""
 
-_VERSION = 1  # of what is kept on disk
+_VERSION = 2  # of what is kept on disk
 _log = logging.getLogger(__name__)
 
 
@@ -310,6 +311,6 @@ def _kept_at(target: Target, cores: int) -> Path:
 
 def _keep(path: Path, measured: Ceilings) -> None:
     try:
-        keep(path, json.dumps(asdict(measured)).encode())
+        write_whole(path, json.dumps(asdict(measured)))
     except OSError as error:
         _log.warning("the ceilings are not kept: cannot write %s (%s)", path, error)

@@ -18,9 +18,10 @@ from statistics import median
 import numpy as np
 
 from blocksparse.format import BsrWeight, Model, NMWeight, Node, Weight
+from blocksparse.whole_file import write_whole
 
 from . import winograd
-from .kernels.cache import cache_folder, keep
+from .kernels.cache import cache_folder
 from .kernels.target import Target, describe
 
 _log = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ class Memory:
     def write(self, measured: Mapping[str, Mapping[str, float]]) -> None:
         """Add to what is there; a folder that cannot be written only costs time."""
         try:
-            keep(self.path, json.dumps({**self.read(), **measured}, indent=1).encode())
+            write_whole(self.path, json.dumps({**self.read(), **measured}, indent=1))
         except OSError as error:
             _log.warning("measured layers are not kept: cannot write %s (%s)", self.path, error)
 

@@ -6,8 +6,6 @@ import ctypes
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +65,9 @@ class CompiledEngine:
         self._lock = threading.Lock()
         self._binding = threading.Lock()
         self._helpers = Helpers()
+        # Python's lock is not held while they run
+        integers = [ctypes.c_int64] * 3
+        self._loops = ctypes.CFUNCTYPE(ctypes.c_int, *integers)(objects.loops(self.target))
 
     def __str__(self) -> str:
         return f"compiled engine: {describe(self.target)}"
@@ -153,20 +154,16 @@ class CompiledEngine:
         """Run the plan of a memory, one thread for each of `times`."""
         images = np.ascontiguousarray(x)
         at, number = memory.call(images, times)
+        kept = (memory, images, times)
         helpers = range(1, len(times))
-        self._helpers.start(self._walk, [(memory, at, thread, number) for thread in helpers])
-        self._walk(memory, at, 0, number)
+        self._helpers.start(self._help, [(kept, at, thread, number) for thread in helpers])
+        if self._loops(at, 0, number) != 0:
+            raise RuntimeError("the compiled loops stopped at an error: this is a defect of them")
         return memory.output.copy()
 
-    def _walk(self, memory: CallMemory, at: int, thread: int, number: int) -> None:
-        """Run the program, or help; `memory` lives at least as long."""
-        if self._loops(at, thread, number) != 0:
-            raise RuntimeError("the compiled loops stopped at an error: this is a defect of them")
-
-    @cached_property
-    def _loops(self) -> Callable[[int, int, int], int]:
-        """The compiled loops; Python's lock is not held while they run."""
-        return ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * 3)(objects.loops(self.target))
+    def _help(self, kept: tuple[object, ...], at: int, thread: int, number: int) -> None:
+        """Run the program as a helper; `kept` is what it reads, if the caller was interrupted."""
+        self._loops(at, thread, number)
 
     def close(self) -> None:
         """Drop plans and memory, end the helper threads."""

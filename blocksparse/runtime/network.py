@@ -197,12 +197,12 @@ def _engine(model: Model, name: EngineName, winograd: bool) -> Engine:
     if name == "reference":
         return ReferenceEngine(model, "as asked")
     try:
-        if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+        if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
             raise RuntimeError("NUMBA_DISABLE_JIT is set")
         from blocksparse.runtime.compiled import CompiledEngine
 
         return CompiledEngine(model, winograd)
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         if name == "compiled":
             raise RuntimeError(
                 f"the compiled engine cannot run here: {error}; use engine='reference', which is "

@@ -74,7 +74,7 @@ def one_item(record_at, s, item):
 
 def shuffled(call, expected, seeds=(0, 1)):
     """Compute the items of a helper's call in random orders, over memory full of NaN."""
-    memory, at, _, _ = call
+    (memory, *_), at, _, _ = call
     name = "test_one_item"
     source = objects._sources() + inspect.getsource(one_item)
     address = objects._load(name, host(), source, lambda: loop_text(one_item, name))

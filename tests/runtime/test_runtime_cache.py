@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from blocksparse.runtime.algorithms import Memory
-from blocksparse.runtime.kernels import elf
+from blocksparse.runtime.kernels import elf, objects, target
 from blocksparse.runtime.kernels.cache import cache_folder
 from blocksparse.runtime.kernels.target import host
 
@@ -26,17 +26,48 @@ images = np.random.default_rng(0).standard_normal((1, *network.input_shape), np.
 print(network(images).sum(), *sorted({"numba", "llvmlite"} & set(sys.modules)))
 """
 
+WITHOUT_COMPILERS = """
+import builtins
+allowed = builtins.__import__
+def refuse(name, *rest, **options):
+    if name.split(".")[0] in ("numba", "llvmlite"):
+        raise ImportError(f"no {name} here")
+    return allowed(name, *rest, **options)
+builtins.__import__ = refuse
+"""
 
-def run(cache, **environment):
-    """Run the golden file in a fresh process; return what it printed and what it logged."""
+FALLING_BACK = """
+import sys, blocksparse
+print(blocksparse.load(sys.argv[1]).engine)
+try:
+    blocksparse.load(sys.argv[1], engine="compiled")
+except RuntimeError as error:
+    print(error)
+"""
+
+ENDING = """
+import sys, threading, time, numpy as np, blocksparse
+network = blocksparse.load(sys.argv[1], engine="compiled", threads=2)
+images = np.zeros((8192, *network.input_shape), np.float32)
+def work():
+    while True:
+        network(images)
+network(images)
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.05)
+"""
+
+
+def run(cache, program=PROGRAM, **environment):
+    """Run a program with the golden file in a fresh process; return what it printed and logged."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(GOLDEN)],
+        [sys.executable, "-c", program, str(GOLDEN)],
         env={**os.environ, "BLOCKSPARSE_CACHE": str(cache), **environment},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, (done.returncode, done.stderr)
     return done.stdout.split(), done.stderr
 
 
@@ -55,7 +86,7 @@ def test_damaged_measurements_are_ignored_and_replaced(tmp_path, monkeypatch, co
     memory.write(times)
     assert memory.read() == times
     assert json.loads(memory.path.read_text()) == times
-    assert list(tmp_path.iterdir()) == [memory.path], "nothing else is left behind"
+    assert list(tmp_path.glob("*layers*")) == [memory.path], "nothing else is left behind"
 
 
 def test_measurements_lie_beside_the_kernels(tmp_path, monkeypatch):
@@ -68,10 +99,79 @@ def test_measurements_lie_beside_the_kernels(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not elf.SUPPORTED, reason="LLVM links here")
 def test_a_process_that_finds_its_kernels_imports_no_compiler():
-    run(cache_folder())  # whatever is not there yet
-    (_, *compilers), said = run(cache_folder())
+    (first, *_), _ = run(cache_folder())  # whatever is not there yet
+    (second, *compilers), said = run(cache_folder())
     assert compilers == []
     assert said == ""
+    (third, *_), said = run(cache_folder(), WITHOUT_COMPILERS + PROGRAM)
+    assert first == second == third
+    assert said == ""
+
+
+def test_without_compilers_and_kernels_the_reference_runs(tmp_path):
+    printed, said = run(tmp_path, WITHOUT_COMPILERS + FALLING_BACK)
+    assert printed[:2] == ["reference", "engine:"]
+    assert "cannot run here: no llvmlite.binding here" in " ".join(printed)
+    assert "use engine='reference'" in " ".join(printed)
+    assert "running in NumPy, slowly" in said
+
+
+def test_the_interpreter_may_end_while_kernels_run():
+    """Modules are taken apart then; the code must not be, under a thread that still runs it."""
+    assert run(cache_folder(), ENDING) == ([], "")
+
+
+def test_another_compiler_or_switch_compiles_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path))
+    text = "define void @nothing(i64 %a) {\n ret void\n}"
+
+    def kept():
+        objects.compile_text("nothing", text, host())
+        return len(list(tmp_path.glob("nothing-*.o")))
+
+    assert (kept(), kept()) == (1, 1)
+    monkeypatch.setattr(objects, "compiler_versions", lambda: "newer")
+    assert kept() == 2
+    before = objects._sources()
+    monkeypatch.setenv("NUMBA_BOUNDSCHECK", "1")
+    objects._sources.cache_clear()
+    assert objects._sources() != before
+    monkeypatch.delenv("NUMBA_BOUNDSCHECK")
+    objects._sources.cache_clear()
+    assert objects._sources() == before
+
+
+def test_kept_files_can_be_read_by_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path))
+    old = os.umask(0o022)
+    try:
+        objects.compile_text("nothing", "define void @nothing() {\n ret void\n}", host())
+    finally:
+        os.umask(old)
+    (path,) = tmp_path.glob("nothing-*.o")
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"7", b"[1, 2]", b"null", b"\xff"])
+def test_a_damaged_description_of_the_processor_is_made_again(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path))
+    target._host.cache_clear()
+    wanted = host()
+    target._host.cache_clear()
+    for path in tmp_path.glob("processor-*.json"):
+        path.write_bytes(content)
+    assert host() == wanted
+    target._host.cache_clear()
+    assert host() == wanted, "and is found again"
+
+
+def test_the_generic_processor_has_the_features_asked_for(monkeypatch):
+    monkeypatch.setattr(target, "_host", lambda: ("x86_64-linux", "generic", "+avx2,+fma"))
+    assert host().lanes == 8, "LLVM does not know the processor, but what it can do"
+    monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    assert (host().features, host().lanes) == ("", 4)
+    monkeypatch.setenv("NUMBA_CPU_FEATURES", "+avx2,+fma")
+    assert host().lanes == 8
 
 
 @pytest.mark.slow

@@ -139,6 +139,15 @@ def refusing(monkeypatch, tmp_path):
     monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path))
 
 
+def test_sections_of_another_kind_are_refused(code):
+    """Such as an array of functions to be called at the start."""
+    changed, (at,) = bytearray(code), struct.unpack_from("<Q", code, 40)
+    number = next(i for i, s in enumerate(elf._sections(code)) if s.loaded)
+    struct.pack_into("<I", changed, at + 64 * number + 4, 14)
+    with pytest.raises(elf.UnlinkableError, match="section of type 14"):
+        elf.link(bytes(changed), "entry")
+
+
 def test_where_it_refuses_llvm_links(refusing, caplog):
     caplog.set_level(logging.INFO, "blocksparse")
     for compiled in (2, 0):  # the object for each linker; then both are kept

@@ -14,6 +14,7 @@ from models import Builder, randoms
 
 from blocksparse.format import BsrWeight, DenseWeight, NMWeight, write
 from blocksparse.runtime import load, reference
+from blocksparse.runtime.kernels import objects
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +53,18 @@ def test_after_a_fork(model, tmp_path):
     path = tmp_path / "m.bsr.safetensors"
     write(path, model)
     program = """
-import os, sys, numpy as np, blocksparse
+import os, sys, time, numpy as np, blocksparse
 network = blocksparse.load(sys.argv[1], threads=2)
 x = np.ones((1, *network.input_shape), np.float32)
 expected = network(x)
 child = os.fork()
 if child == 0:
     same = all(np.array_equal(network(x), expected) for _ in range(50))
-    # a queue without threads would keep every call
-    left = network.engine._helpers._queue.qsize()
-    os._exit(0 if same and left < 5 else 3)
+    # a queue without threads would keep every call; threads may have to wait for a core
+    queue, end = network.engine._helpers._queue, time.monotonic() + 30
+    while queue.qsize() and time.monotonic() < end:
+        time.sleep(0.01)
+    os._exit(0 if same and not queue.qsize() else 3)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(path)], timeout=120)
@@ -109,6 +112,16 @@ def test_engines(model, caplog, monkeypatch):
     assert "running in NumPy" in caplog.text
     x = randoms(1, 16, 24, 24)
     np.testing.assert_array_equal(fallback(x), reference.run(model, x))
+
+
+def test_where_code_cannot_be_loaded_the_reference_runs(model, monkeypatch, caplog):
+    def refuse(target):
+        raise OSError("memory cannot be made executable")
+
+    monkeypatch.setattr(objects, "loops", refuse)
+    assert "memory cannot be made executable" in str(load(model).engine)
+    with pytest.raises(RuntimeError, match="executable; use engine='reference'"):
+        load(model, engine="compiled")
 
 
 def test_explain_names_kernels_and_reasons(model, tmp_path, monkeypatch):

@@ -19,14 +19,13 @@ from dataclasses import dataclass, replace
 SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"
 """Whether objects of this machine are of the kind known here."""
 
-_SYMBOLS, _RELOCATIONS, _ZEROS, _UNWIND = 2, 4, 8, 0x70000001  # types of sections
+_BYTES, _SYMBOLS, _RELOCATIONS, _NOTE, _ZEROS, _UNWIND = 1, 2, 4, 7, 8, 0x70000001  # section types
 _WRITE, _ALLOCATE = 1, 2  # flags of sections
 _UNDEFINED, _COMMON = 0, 0xFFF2  # in place of a symbol's section
 _ADDRESS, _NEAR, _CALL = 1, 2, 4  # relocations: an address, and 32-bit distances
 _JUMP = struct.Struct("<2sQ3s3x")  # movabs $address, %r11; jmp *%r11
 
 _process = ctypes.CDLL(None, use_errno=True) if SUPPORTED else None
-_mappings: list[mmap.mmap] = []  # code lives as long as the process
 
 
 class UnlinkableError(Exception):
@@ -112,23 +111,27 @@ def link(code: bytes, name: str) -> int:
     for i, at in places.items():
         if sections[i].kind != _ZEROS:
             memory[at : at + sections[i].size] = code[sections[i].offset :][: sections[i].size]
-    addresses = [
-        _outside(symbol.name) if symbol.section == _UNDEFINED
-        else base + places.get(symbol.section, 0) + symbol.value
-        for symbol in symbols
-    ]  # fmt: skip
+    addresses = {
+        i: _outside(symbol.name) if symbol.section == _UNDEFINED
+        else base + places[symbol.section] + symbol.value
+        for i, symbol in enumerate(symbols)
+        if symbol.section in {_UNDEFINED, *places}
+    }  # fmt: skip
     # libraries may be farther away than 32-bit distances reach
     for i, symbol in enumerate(dict.fromkeys(jumps)):
         at = jumps_at + i * _JUMP.size
         _JUMP.pack_into(memory, at, b"\x49\xbb", addresses[symbol], b"\x41\xff\xe3")
         addresses[symbol] = base + at
     for r in relocations:
+        if r.symbol not in addresses:
+            raise UnlinkableError(f"{symbols[r.symbol].name} lies in no section that is loaded")
         _apply(r, memory, base, base + places[r.section] + r.place, addresses[r.symbol])
     execute = mmap.PROT_READ | mmap.PROT_EXEC
     assert _process is not None
     if _process.mprotect(ctypes.c_void_p(base), ctypes.c_size_t(read_only), execute) != 0:
         raise OSError(ctypes.get_errno(), "memory cannot be made executable")
-    _mappings.append(memory)
+    # never unmapped: a daemon thread may still run the code while the interpreter ends
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
     return addresses[found[0]]
 
 
@@ -137,9 +140,13 @@ def _sections(code: bytes) -> list[_Section]:
     if head != (b"\x7fELF", 2, 1, 1, 62):  # 64 bits, little-endian, relocatable, x86-64
         raise UnlinkableError("not a relocatable ELF file for x86-64")
     (at,), (count,) = struct.unpack_from("<Q", code, 40), struct.unpack_from("<H", code, 60)
-    return [
+    found = [
         _Section(*struct.unpack_from("<4xIQ8xQQIIQ8x", code, at + 64 * i)) for i in range(count)
     ]
+    for section in found:  # such as functions to be called at the start
+        if section.loaded and section.kind not in (_BYTES, _NOTE, _ZEROS):
+            raise UnlinkableError(f"section of type {section.kind}")
+    return found
 
 
 def _symbols(code: bytes, sections: list[_Section]) -> list[_Symbol]:

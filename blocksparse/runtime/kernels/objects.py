@@ -10,27 +10,32 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+
+from blocksparse.format import weights
+from blocksparse.whole_file import write_whole_bytes
 
 from . import elf
-from .cache import cache_folder, keep
+from .cache import cache_folder, compiler_versions
 from .kernel import Kernel
 from .target import Target, describe, host
 
 LOOPS = "blocksparse_run"
 """The loops around the micro-kernels, as one function: `program.run`."""
 
-_LOADERS = {
-    Path(__file__).with_name(f"{name}.py") for name in ("__init__", "cache", "elf", "objects")
-}
-"""What only finds, keeps and links: no kernel depends on it."""
+_OTHER_SWITCHES = {
+    "NUMBA_CACHE_DIR", "NUMBA_CPU_FEATURES", "NUMBA_CPU_NAME", "NUMBA_NUM_THREADS",
+    "NUMBA_THREADING_LAYER",
+}  # fmt: skip
+"""Variables of Numba's that do not change the code, or are part of the target."""
 
 _log = logging.getLogger(__name__)
-_lock = threading.RLock()
+_lock = threading.Lock()
 _addresses: dict[tuple[str, Target], int] = {}
 
 
@@ -109,9 +114,11 @@ def _address(name: str, target: Target, text: Callable[[], str]) -> int:
 
 
 def _load(name: str, target: Target, source: str, text: Callable[[], str]) -> int:
-    parts = (source, target.triple, target.cpu, target.features, str(target.lanes), _versions())
+    parts = (source, target.triple, target.cpu, target.features, str(target.lanes),
+             compiler_versions())  # fmt: skip
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     path = cache_folder() / f"{name}-{digest}.o"
+    text = cache(text)  # both linkers may need an object
     if elf.SUPPORTED:
         try:
             return elf.link(_object(path, name, target, text, "small"), name)
@@ -119,45 +126,47 @@ def _load(name: str, target: Target, source: str, text: Callable[[], str]) -> in
             _log.info("%s is linked by LLVM: %s", name, error)
             path = path.with_suffix(".llvm.o")
     code = _object(path, name, target, text, "jitdefault")
-    from . import compiler
-
-    return compiler.link(code, name, target)
+    return _compiler(name).link(code, name, target)
 
 
 def _object(path: Path, name: str, target: Target, text: Callable[[], str], model: str) -> bytes:
     """Read the object kept at `path`, or compile it for a code model and keep it."""
     code = _read(path)
     if code is None:
-        from . import compiler
-
+        compiler = _compiler(name)
         code = compiler.emit(text(), target, model)
         _log.info("compiled %s for %s (once on this machine)", name, describe(target))
         _save(path, code)
     return code
 
 
+def _compiler(name: str) -> ModuleType:
+    try:
+        from . import compiler
+    except ImportError as error:
+        raise RuntimeError(
+            f"{name} has to be compiled, and Numba cannot be imported ({error}): pip install numba"
+        ) from error
+    return compiler
+
+
 @cache
 def _sources() -> str:
-    """Digest of this package: a change of one file may change the code of any kernel."""
-    files = sorted(p for p in Path(__file__).parent.glob("*.py") if p.stem not in _LOADERS)
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
-
-
-@cache
-def _versions() -> str:
-    """Digest of the compilers' versions, read without importing them."""
-    found = hashlib.sha256()
-    for package in ("numba", "llvmlite"):
-        spec = find_spec(package)
-        if spec is not None and spec.origin:
-            found.update(Path(spec.origin).with_name("_version.py").read_bytes())
-    return found.hexdigest()
+    """Digest of what decides on the code: this package, packed indices, Numba's own switches."""
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(weights.__file__)]
+    switches = [
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith("NUMBA_") and name not in _OTHER_SWITCHES
+    ]
+    parts = [*(path.read_bytes() for path in files), *(switch.encode() for switch in switches)]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def _save(path: Path, code: bytes) -> None:
     """Keep an object with its checksum; a cache that cannot be written only costs time."""
     try:
-        keep(path, hashlib.sha256(code).digest() + code)
+        write_whole_bytes(path, hashlib.sha256(code).digest() + code)
     except OSError as error:
         _log.warning(
             "compiled kernels are not kept, every process compiles them again: cannot write %s "

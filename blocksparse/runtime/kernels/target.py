@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from .cache import cache_folder, keep
+from blocksparse.whole_file import write_whole
+
+from .cache import cache_folder, compiler_versions
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ def host() -> Target:
         The host's target.
     """
     triple, cpu, features = _host()
-    cpu = os.environ.get("NUMBA_CPU_NAME") or cpu
-    # as Numba has it: the generic processor has no features unless they are named
-    features = "" if cpu.lower() == "generic" else features
-    features = os.environ.get("NUMBA_CPU_FEATURES", features)
+    name = os.environ.get("NUMBA_CPU_NAME")
+    # as Numba has it: if this name is asked for, it has no features but those asked for
+    features = "" if name and name.lower() == "generic" else features
+    cpu, features = name or cpu, os.environ.get("NUMBA_CPU_FEATURES", features)
     return Target(triple, cpu, features, **tile_for(triple, features))
 
 
@@ -101,7 +103,7 @@ def _host() -> tuple[str, str, str]:
     """
     path = None
     if processor := _processor():
-        digest = hashlib.sha256(processor.encode()).hexdigest()[:16]
+        digest = hashlib.sha256((processor + compiler_versions()).encode()).hexdigest()[:16]
         path = cache_folder() / f"processor-{digest}.json"
         try:
             triple, cpu, features = json.loads(path.read_text("utf-8"))
@@ -117,14 +119,14 @@ def _host() -> tuple[str, str, str]:
     found = (llvm.get_process_triple(), llvm.get_host_cpu_name(), features)
     if path is not None:
         with suppress(OSError):  # it only costs time
-            keep(path, json.dumps(found).encode())
+            write_whole(path, json.dumps(found))
     return found
 
 
 def _processor() -> str:
     """Return what Linux says of the first processor but for its clock; elsewhere nothing."""
     try:
-        first = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n")[0]
+        first = Path("/proc/cpuinfo").read_text("utf-8", "replace").split("\n\n")[0]
     except OSError:
         return ""
     return platform.machine() + "\n".join(
