@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import closing
 
 import numpy as np
@@ -20,6 +21,7 @@ from blocksparse.runtime import load
 from blocksparse.runtime.tolerance import tolerance
 
 CLIFF = 1.35  # times what its neighbours take per pixel: far more than noise
+SERIES = 5  # of measurements at most: a cliff stays, what a busy machine shows does not
 BETTER = 1.1  # times the time of an image alone that one in a batch may take
 
 
@@ -115,13 +117,18 @@ def test_shares_know_who_waits():
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_one_layer_takes_as_long_per_image_at_any_batch(kernel):
     model = layer(kernel)
-    calls = {batch: Call(model, batch, 1) for batch in BATCHES}
-    timings = interleave({str(b): call for b, call in calls.items()}, rounds=12)
-    # The best of several, for other programs only ever add time.
-    each = [timings[str(batch)].best_ms / batch for batch in BATCHES]
+    calls = {str(batch): Call(model, batch, 1) for batch in BATCHES}
+    each = [math.inf] * len(calls)
+    for _ in range(SERIES):
+        timings = interleave(calls, rounds=12)
+        # The best of several, for other programs only ever add time.
+        found = [timings[str(batch)].best_ms / batch for batch in BATCHES]
+        each = [min(pair) for pair in zip(each, found, strict=True)]
+        ratios = [own / other for own, other in zip(each, beside(each), strict=True)]
+        if max(ratios) < CLIFF:
+            break
     for call in calls.values():
         call.network.close()
-    ratios = [own / other for own, other in zip(each, beside(each), strict=True)]
     assert max(ratios) < CLIFF, ratios
 
 
