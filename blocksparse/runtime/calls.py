@@ -34,7 +34,6 @@ class CallMemory:
         # written once but for a few fields: looking up an address takes a microsecond, and far
         # more in the middle of a large network, when nothing of Python is in the caches
         self._record = array("q", [0] * c.FIELDS)
-        self._grown: list[array[int]] = []  # a late helper may still read one that was too short
         for at, given in (
             (c.STEPS_AT, plan.records), (c.TABLES_AT, plan.integers),
             (c.VECTORS_AT, plan.vectors), (c.MEMORY_AT, values), (c.OUTPUT_AT, self.output),
@@ -45,7 +44,7 @@ class CallMemory:
 
     def call(
         self, images: npt.NDArray[np.float32], times: list[npt.NDArray[np.int64]]
-    ) -> tuple[int, int]:
+    ) -> tuple[array[int], int]:
         """Zero the counters, let helpers in, and write what the threads are given.
 
         Parameters
@@ -57,8 +56,10 @@ class CallMemory:
 
         Returns
         -------
-        record_at, number : int
-            What `program.run` takes. This memory has to live as long as any thread may read it.
+        record : array of int64
+            What `program.run` is given the address of.
+        number : int
+            Of the call. Both this memory and the record live as long as any thread may read them.
         """
         self.scratch(len(times) - 1)
         record = self._record
@@ -70,7 +71,7 @@ class CallMemory:
         self.calls = (self.calls + 1) % 2**31
         self.counters[1:] = 0
         self.counters[0] = self.calls << 32
-        return record.buffer_info()[0], self.calls
+        return record, self.calls
 
     def scratch(self, thread: int) -> int:
         """Address of the scratch memory of a thread."""
@@ -78,6 +79,6 @@ class CallMemory:
             raw = np.zeros((self._scratch_bytes + _CACHE_LINE) // 4, np.float32)
             address = int(raw.ctypes.data)
             self._scratch.append((raw, address + -address % _CACHE_LINE))
-            self._grown.append(self._record)
+            # a new one: a late helper may still read the one that was too short
             self._record = self._record + array("q", [self._scratch[-1][1], 0])
         return self._scratch[thread][1]

@@ -153,8 +153,9 @@ class CompiledEngine:
     ) -> npt.NDArray[np.float32]:
         """Run the plan of a memory, one thread for each of `times`."""
         images = np.ascontiguousarray(x)
-        at, number = memory.call(images, times)
-        kept = (memory, images, times)
+        record, number = memory.call(images, times)
+        at, _ = record.buffer_info()
+        kept = (memory, record, images, times)
         helpers = range(1, len(times))
         self._helpers.start(self._help, [(kept, at, thread, number) for thread in helpers])
         if self._loops(at, 0, number) != 0:
