@@ -219,18 +219,23 @@ def test_winograd_output(lanes, row, rows, bounds):
 @pytest.mark.parametrize(("rows", "columns", "width"), [(8, 8, 3), (4, 4, 2), (5, 3, 1), (1, 1, 3)])
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_sparse_product(lanes, rows, columns, width, steps):
+    """Three tiles, once beside each other with one set of weights, once each with its own."""
     rng = np.random.default_rng([rows, steps])
     x = rng.integers(-9, 10, 1500).astype(np.float32)
-    weights = rng.integers(-9, 10, (steps, columns, rows)).astype(np.float32)
+    weights = rng.integers(-9, 10, (3, steps, columns, rows)).astype(np.float32)
     offsets = rng.integers(-40, 400, steps + 1).astype(np.int32)  # one more: asked for, not read
-    y = np.full((rows, width * lanes + 5), SENTINEL)
-    call(
-        Kernel("sparse_product", rows, columns, width), lanes, x[40:], weights, offsets, steps,
-        4 * 100, y, y.strides[0],
-    )  # fmt: skip
-    expected = naive.sparse_product(x, weights, offsets + 40, 100, width * lanes)
-    np.testing.assert_array_equal(y[:, :-5], expected)
-    assert (y[:, -5:] == SENTINEL).all()
+    tile = width * lanes
+    for x_step, w_step in ((tile, 0), (7, weights[0].nbytes)):
+        y = np.full((3, rows, tile + 5), SENTINEL)
+        call(
+            Kernel("sparse_product", rows, columns, width), lanes, x[40:], weights, offsets, steps,
+            4 * 100, y, y.strides[1], 3, 4 * x_step, w_step, y.strides[0],
+        )  # fmt: skip
+        for i in range(3):
+            own = weights[i if w_step else 0]
+            expected = naive.sparse_product(x, own, offsets + 40 + i * x_step, 100, tile)
+            np.testing.assert_array_equal(y[i, :, :-5], expected)
+        assert (y[:, :, -5:] == SENTINEL).all()
 
 
 def test_the_definitions_agree_with_each_other():

@@ -16,13 +16,15 @@ from .views import view
 
 
 @loop
-def width_of(step: Any, left: int) -> int:
-    """Vectors of the next register tile when `left` vectors remain."""
+def tiles_of(step: Any, left: int) -> tuple[int, int]:
+    """Vectors of the next register tiles when `left` vectors remain, and how many such tiles."""
     if step[r.OP] == r.CONV_NM:  # widths 1, 2, 4, 8
-        return 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+        width = 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+        return width, left // width
     # as few tiles as will do, about equally wide: 2 + 2 rather than 3 + 1
     tiles = -(-left // step[r.WIDEST])
-    return -(-left // tiles)
+    wider = left % tiles
+    return (left // tiles + 1, wider) if wider else (left // tiles, tiles)
 
 
 @loop
@@ -57,7 +59,7 @@ def conv_item(memory: Any, memory_at: int, step: Any, tables: Any, item: int, ba
         residual = memory_at + 4 * (other.base + k * other.channel) if other.base >= 0 else 0
         v = first
         while v < last:
-            width = width_of(step, last - v)
+            width, many = tiles_of(step, last - v)
             shift = 4 * v * lanes
             beside = residual + shift if residual else 0
             mask = step[r.MASK] + v * mask_bytes
@@ -67,7 +69,7 @@ def conv_item(memory: Any, memory_at: int, step: Any, tables: Any, item: int, ba
                     (
                         x + shift, values, tables[at + r.TILE_INDICES], offsets, count,
                         4 * a.channel, y + shift, 4 * b.channel, bias, beside, 4 * other.channel,
-                        mask, rows, step[r.BOUNDS],
+                        mask, rows, step[r.BOUNDS], many,
                     ),
                 )  # fmt: skip
             else:
@@ -76,10 +78,10 @@ def conv_item(memory: Any, memory_at: int, step: Any, tables: Any, item: int, ba
                     (
                         x + shift, values, offsets, count,
                         4 * a.channel, y + shift, 4 * b.channel, bias, beside, 4 * other.channel,
-                        mask, rows, step[r.BOUNDS],
+                        mask, rows, step[r.BOUNDS], many,
                     ),
                 )  # fmt: skip
-            v += width
+            v += width * many
         for channel in range(k, k + rows):
             start = b.base + channel * b.channel
             if first == 0:

@@ -41,8 +41,11 @@ def copy_item(source: Any, target: Any, step: Any, tables: Any, item: int, batch
             begin = a.base + from_channel * a.channel + n * a.image + from_y * a.row + shift_x
             target[row : row + low] = 0
             if scale_x == 1:
-                for x in range(low, high):
-                    target[row + x] = source[begin + x]
+                # counted from zero: Numba knows that no index is negative, and makes vector code
+                pixels = source[begin + low : begin + high]
+                copies = target[row + low : row + high]
+                for x in range(copies.size):
+                    copies[x] = pixels[x]
             elif scale_x == 2:
                 for x in range(low, high):
                     target[row + x] = source[begin + 2 * x]

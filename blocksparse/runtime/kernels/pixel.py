@@ -12,7 +12,35 @@ from .writer import F32, FLOAT_BYTES, I32, I64, LINE_BYTES, Writer
 
 
 class PixelWriter(Writer):
-    """Epilogue of the products whose vectors run over pixels."""
+    """Register tiles of pixels, one beside the other, and their epilogue.
+
+    One call computes ``tiles`` of them from the same weights. With a call for each, ResNet-50 took
+    1.08 times as long at 90 % (one core of a Zen 3).
+    """
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes from one tile's pixels to the next one's."""
+        return self.kernel.width * self.lanes * FLOAT_BYTES
+
+    def write(self) -> None:
+        """Write the function."""
+        arg = self.arg
+        mask_bytes = self.kernel.width * self.bit_bytes
+
+        def tile(state: list[ir.Value]) -> list[ir.Value]:
+            x, y, residual, mask = state
+            self.finish(self.sums(x), y, residual, mask)
+            following = [self.step(at, self.tile_bytes) for at in (x, y, residual)]
+            return [*following, self.step(mask, mask_bytes)]
+
+        start = [arg[name] for name in ("x", "y", "residual", "mask")]
+        self.loop(start, tile, arg["tiles"])
+        self.builder.ret_void()
+
+    def sums(self, x: ir.Value) -> list[ir.Value]:
+        """Write what computes one tile [R * V]."""
+        raise NotImplementedError
 
     def bias_tile(self) -> list[ir.Value]:
         """Accumulators [R * V], each row starting from its bias."""
@@ -24,12 +52,13 @@ class PixelWriter(Writer):
             tile += [bias] * self.kernel.width
         return tile
 
-    def finish(self, tile: list[ir.Value]) -> None:
+    def finish(self, tile: list[ir.Value], y: ir.Value, residual: ir.Value, mask: ir.Value) -> None:
         """Add the residual if any, clamp, zero the padding pixels, store the rows that exist."""
         b, width = self.builder, self.kernel.width
         done = self.function.append_basic_block("stored")
         has_residual = b.icmp_unsigned("!=", self.arg["residual"], I64(0))
-        masks = [self.mask(self.step(self.arg["mask"], v * self.bit_bytes)) for v in range(width)]
+        masks = [self.mask(self.step(mask, v * self.bit_bytes)) for v in range(width)]
+        bounds = self.bounds(self.vector)
         zero = ir.Constant(self.vector, None)
         for r in range(self.kernel.rows):
             row = self.function.append_basic_block(f"row{r}")
@@ -37,37 +66,31 @@ class PixelWriter(Writer):
             b.position_at_end(row)
             plain = tile[r * width : (r + 1) * width]
             with b.if_then(has_residual):
-                at = b.add(self.arg["residual"], b.mul(self.arg["residual_stride"], I64(r)))
+                at = b.add(residual, b.mul(self.arg["residual_stride"], I64(r)))
                 added = [
                     b.fadd(x, self.load(self.vector, self.step(at, v * self.lanes * FLOAT_BYTES)))
                     for v, x in enumerate(plain)
                 ]
                 inside = b.block
             merged = []
-            for x, y in zip(plain, added, strict=True):
+            for x, beside in zip(plain, added, strict=True):
                 phi = b.phi(self.vector)
                 phi.add_incoming(x, row)
-                phi.add_incoming(y, inside)
+                phi.add_incoming(beside, inside)
                 merged.append(phi)
-            at = b.add(self.arg["y"], b.mul(self.arg["y_stride"], I64(r)))
+            at = b.add(y, b.mul(self.arg["y_stride"], I64(r)))
             for v, x in enumerate(merged):
-                value = b.select(masks[v], self.clamp(x), zero)
+                value = b.select(masks[v], self.between(x, *bounds), zero)
                 self.store(value, self.step(at, v * self.lanes * FLOAT_BYTES))
         b.branch(done)
         b.position_at_end(done)
-        b.ret_void()
 
 
-class SparseConv(PixelWriter):
-    """Blocks of R output by J input channels against V vectors of pixels."""
+class BlockSums(Writer):
+    """Sums of blocks of R output by J input channels against V vectors of pixels."""
 
-    arguments: tuple[str, ...] = (
-        "x", "w", "offsets", "count", "x_stride", "y", "y_stride", "bias", "residual",
-        "residual_stride", "mask", "rows", "bounds",
-    )  # fmt: skip
-
-    def write(self) -> None:
-        """Write the function."""
+    def block_sums(self, x: ir.Value, w: ir.Value, tile: list[ir.Value]) -> list[ir.Value]:
+        """Write the loop over the blocks of a block row, from accumulators [R * V] on."""
         b, kernel, arg = self.builder, self.kernel, self.arg
         width = kernel.width
         block_bytes = kernel.rows * kernel.columns * FLOAT_BYTES
@@ -75,49 +98,72 @@ class SparseConv(PixelWriter):
         def block(state: list[ir.Value]) -> list[ir.Value]:
             offsets, w, *tile = state
             offset = b.sext(self.load(I32, offsets), I64)
-            x = b.add(arg["x"], b.shl(offset, I64(2)))
+            at = b.add(x, b.shl(offset, I64(2)))
             self.prefetch_weights(w, block_bytes)
             following = b.sext(self.load(I32, self.step(offsets, 4)), I64)
-            ahead = b.add(arg["x"], b.shl(following, I64(2)))
+            ahead = b.add(x, b.shl(following, I64(2)))
             for j in range(kernel.columns):
                 for v in range(0, width * self.lanes * FLOAT_BYTES, LINE_BYTES):
                     self.prefetch(self.step(ahead, v))
                 ahead = b.add(ahead, arg["x_stride"])
                 inputs = [
-                    self.load(self.vector, self.step(x, v * self.lanes * FLOAT_BYTES))
+                    self.load(self.vector, self.step(at, v * self.lanes * FLOAT_BYTES))
                     for v in range(width)
                 ]
                 for r in range(kernel.rows):
-                    at = self.step(w, (j * kernel.rows + r) * FLOAT_BYTES)
-                    weight = self.splat(self.load(F32, at), self.vector)
+                    place = self.step(w, (j * kernel.rows + r) * FLOAT_BYTES)
+                    weight = self.splat(self.load(F32, place), self.vector)
                     for v in range(width):
                         i = r * width + v
                         tile[i] = self.fma(weight, inputs[v], tile[i])
-                x = b.add(x, arg["x_stride"])
+                at = b.add(at, arg["x_stride"])
             return [self.step(offsets, 4), self.step(w, block_bytes), *tile]
 
-        _, _, *tile = self.loop([arg["offsets"], arg["w"], *self.bias_tile()], block)
-        self.finish(tile)
+        _, _, *tile = self.loop([arg["offsets"], w, *tile], block)
+        return tile
 
 
-class SparseProduct(SparseConv):
-    """The same sums without an epilogue: what stands between Winograd's transforms."""
+class SparseConv(BlockSums, PixelWriter):
+    """Block-sparse convolution."""
 
-    arguments = ("x", "w", "offsets", "count", "x_stride", "y", "y_stride")
+    arguments = (
+        "x", "w", "offsets", "count", "x_stride", "y", "y_stride", "bias", "residual",
+        "residual_stride", "mask", "rows", "bounds", "tiles",
+    )  # fmt: skip
 
-    def bias_tile(self) -> list[ir.Value]:
-        """Accumulators [R * V], all zero."""
+    def sums(self, x: ir.Value) -> list[ir.Value]:
+        """Write what computes one tile [R * V]."""
+        return self.block_sums(x, self.arg["w"], self.bias_tile())
+
+
+class SparseProduct(BlockSums):
+    """The same sums without an epilogue: what stands between Winograd's transforms.
+
+    From one tile to the next, inputs, weights and sums move by as many bytes as is said: along the
+    pixels of a plane, or from plane to plane.
+    """
+
+    arguments = (
+        "x", "w", "offsets", "count", "x_stride", "y", "y_stride", "tiles", "x_step", "w_step",
+        "y_step",
+    )  # fmt: skip
+
+    def write(self) -> None:
+        """Write the function."""
+        b, arg, width = self.builder, self.arg, self.kernel.width
         zero = ir.Constant(self.vector, None)
-        return [zero] * (self.kernel.rows * self.kernel.width)
 
-    def finish(self, tile: list[ir.Value]) -> None:
-        """Store all rows of the tile."""
-        b, width = self.builder, self.kernel.width
-        at = self.arg["y"]
-        for r in range(self.kernel.rows):
-            for v in range(width):
-                self.store(tile[r * width + v], self.step(at, v * self.lanes * FLOAT_BYTES))
-            at = b.add(at, self.arg["y_stride"])
+        def tile(state: list[ir.Value]) -> list[ir.Value]:
+            x, w, y = state
+            sums = self.block_sums(x, w, [zero] * (self.kernel.rows * width))
+            at = y
+            for r in range(self.kernel.rows):
+                for v in range(width):
+                    self.store(sums[r * width + v], self.step(at, v * self.lanes * FLOAT_BYTES))
+                at = b.add(at, arg["y_stride"])
+            return [b.add(x, arg["x_step"]), b.add(w, arg["w_step"]), b.add(y, arg["y_step"])]
+
+        self.loop([arg["x"], arg["w"], arg["y"]], tile, arg["tiles"])
         b.ret_void()
 
 
@@ -126,24 +172,24 @@ class NMConv(PixelWriter):
 
     arguments = (
         "x", "w", "indices", "offsets", "count", "x_stride", "y", "y_stride", "bias", "residual",
-        "residual_stride", "mask", "rows", "bounds",
+        "residual_stride", "mask", "rows", "bounds", "tiles",
     )  # fmt: skip
 
-    def write(self) -> None:
-        """Write the function."""
+    def sums(self, x: ir.Value) -> list[ir.Value]:
+        """Write what computes one tile [V]."""
         b, kernel, arg = self.builder, self.kernel, self.arg
         bits = index_bits(kernel.group)
 
         def group(state: list[ir.Value]) -> list[ir.Value]:
             offsets, w, position, *tile = state
             offset = b.sext(self.load(I32, offsets), I64)
-            base = b.add(arg["x"], b.shl(offset, I64(2)))
+            base = b.add(x, b.shl(offset, I64(2)))
             for i in range(kernel.columns):
                 index = self.nm_index(b.add(position, I64(i * bits)))
-                x = b.add(base, b.mul(index, arg["x_stride"]))
+                at = b.add(base, b.mul(index, arg["x_stride"]))
                 weight = self.splat(self.load(F32, self.step(w, i * FLOAT_BYTES)), self.vector)
                 for v in range(kernel.width):
-                    pixels = self.load(self.vector, self.step(x, v * self.lanes * FLOAT_BYTES))
+                    pixels = self.load(self.vector, self.step(at, v * self.lanes * FLOAT_BYTES))
                     tile[v] = self.fma(weight, pixels, tile[v])
             return [
                 self.step(offsets, 4),
@@ -154,4 +200,4 @@ class NMConv(PixelWriter):
 
         start = [arg["offsets"], arg["w"], I64(0), *self.bias_tile()]
         _, _, _, *tile = self.loop(start, group)
-        self.finish(tile)
+        return tile

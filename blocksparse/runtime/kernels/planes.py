@@ -23,21 +23,22 @@ class PlaneWriter(Writer):
         nearest = b.select(beyond, b.sub(arg["height"], I64(1)), nearest)
         return b.not_(b.or_(below, beyond)), b.add(x, b.mul(nearest, arg["x_row"]))
 
-    def columns_of(self, x: ir.Value, stride: int, column: int) -> list[ir.Value]:
-        """Vectors of the pixels ``stride * lane + column``, and of those one pixel on.
+    def vectors_at(self, x: ir.Value, stride: int, column: int) -> list[ir.Value]:
+        """Read the pixels from a column on, a vector for each step of the stride."""
+        return [
+            self.load(self.vector, self.step(x, (column + i * self.lanes) * FLOAT_BYTES))
+            for i in range(stride)
+        ]
 
-        Stride 1 gives one vector, stride 2 the pair.
-        """
-        b, lanes = self.builder, self.lanes
-        first = self.load(self.vector, self.step(x, column * FLOAT_BYTES))
-        if stride == 1:
-            return [first]
-        second = self.load(self.vector, self.step(x, (column + lanes) * FLOAT_BYTES))
+    def apart(self, vectors: list[ir.Value]) -> list[ir.Value]:
+        """One vector as it is, two shuffled into every other pixel, the even ones first."""
+        if len(vectors) == 1:
+            return vectors
         pair = []
         for odd in (0, 1):
-            places = [I32(2 * lane + odd) for lane in range(lanes)]
-            mask = ir.Constant(ir.VectorType(I32, lanes), places)
-            pair.append(b.shuffle_vector(first, second, mask))
+            places = [I32(2 * lane + odd) for lane in range(self.lanes)]
+            mask = ir.Constant(ir.VectorType(I32, self.lanes), places)
+            pair.append(self.builder.shuffle_vector(*vectors, mask))
         return pair
 
 
@@ -70,16 +71,16 @@ class PhaseCopy(PlaneWriter):
 
                 def vector(state: list[ir.Value]) -> list[ir.Value]:
                     at, bit = state
-                    even, odd = self.columns_of(b.add(x, b.shl(at, I64(1))), 2, 0)
+                    even, odd = self.apart(self.vectors_at(b.add(x, b.shl(at, I64(1))), 2, 0))
                     within = self.mask(b.add(arg["within"], bit))
                     to = b.add(y, at)
                     inside = self.mask(b.add(arg["masks"], bit))
                     even = b.select(valid, b.select(inside, even, zero), zero)
-                    self.store_masked(even, b.add(arg["even"], to), within)
+                    self.store_first(even, b.add(arg["even"], to), within)
                     with b.if_then(has_odd):
                         inside = self.mask(b.add(masks_odd, bit))
                         odd = b.select(valid, b.select(inside, odd, zero), zero)
-                        self.store_masked(odd, b.add(arg["odd"], to), within)
+                        self.store_first(odd, b.add(arg["odd"], to), within)
                     return [self.step(at, size), self.step(bit, self.bit_bytes)]
 
                 self.loop([I64(0), I64(0)], vector, arg["vectors"])
@@ -113,6 +114,7 @@ class Pool(PlaneWriter):
         empty = zero
         if largest:
             empty = ir.Constant(self.vector, [ir.Constant(F32, float("-inf"))] * self.lanes)
+        combine = self._larger if largest else b.fadd
         per_column = b.mul(arg["vectors"], I64(self.bit_bytes))
 
         def channel(state: list[ir.Value]) -> list[ir.Value]:
@@ -124,28 +126,29 @@ class Pool(PlaneWriter):
 
                 def vector(state: list[ir.Value]) -> list[ir.Value]:
                     at, bit = state
-                    total = empty
                     masks = b.add(arg["masks"], bit)
                     insides = []
                     for _ in range(kernel.columns):
                         insides.append(self.mask(masks))
                         masks = b.add(masks, per_column)
                     ahead = b.mul(at, I64(kernel.width))
-                    for valid, x in rows:
-                        for j in range(0, kernel.columns, kernel.width):
-                            values = self.columns_of(b.add(x, ahead), kernel.width, j)
-                            for k, value in enumerate(values[: kernel.columns - j]):
-                                value = b.select(insides[j + k], value, empty)
-                                if largest:
-                                    total = self._larger(total, value)
-                                else:
-                                    total = b.fadd(total, b.select(valid, value, zero))
+                    total = empty
+                    for j in range(0, kernel.columns, kernel.width):
+                        # down the rows first, so that one row is left to shuffle and to mask
+                        below = [empty] * kernel.width
+                        for valid, x in rows:
+                            vectors = self.vectors_at(b.add(x, ahead), kernel.width, j)
+                            if not largest:
+                                vectors = [b.select(valid, vector, zero) for vector in vectors]
+                            below = [combine(*pair) for pair in zip(below, vectors, strict=True)]
+                        for k, value in enumerate(self.apart(below)[: kernel.columns - j]):
+                            total = combine(total, b.select(insides[j + k], value, empty))
                     if not largest:
                         total = b.fdiv(total, self.load(self.vector, b.add(divisors, at)))
                     within = b.add(arg["within"], bit)
                     inside = self.mask(b.add(within, per_column))
                     value = b.select(inside, total, zero)
-                    self.store_masked(value, b.add(y, at), self.mask(within))
+                    self.store_first(value, b.add(y, at), self.mask(within))
                     return [self.step(at, size), self.step(bit, self.bit_bytes)]
 
                 self.loop([I64(0), I64(0)], vector, arg["vectors"])
@@ -162,7 +165,8 @@ class Pool(PlaneWriter):
         b.ret_void()
 
     def _larger(self, a: ir.Value, value: ir.Value) -> ir.Value:
-        # a NaN wins, as in PyTorch: it is taken over, and no comparison with it is true
+        # a NaN wins, as in PyTorch: the first selection takes it from the one, the second from the
+        # other
         b = self.builder
-        wins = b.or_(b.fcmp_ordered(">", value, a), b.fcmp_unordered("uno", value, value))
-        return b.select(wins, value, a)
+        larger = b.select(b.fcmp_ordered(">", a, value), a, value)
+        return b.select(b.fcmp_unordered("uno", a, a), a, larger)

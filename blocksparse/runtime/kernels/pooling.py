@@ -136,6 +136,9 @@ def adaptive_pool_item(memory: Any, step: Any, item: int, batch: int) -> None:
                 left, right = x * a.width // b.width, -(-(x + 1) * a.width // b.width)
                 total = 0.0  # double: a sum over a whole plane
                 for i in range(top, bottom):
+                    # of its own, so that the processor works on several rows at once
+                    along = 0.0
                     for j in range(left, right):
-                        total += memory[source + i * a.row + j]
+                        along += memory[source + i * a.row + j]
+                    total += along
                 memory[target + y * b.row + x] = total / ((bottom - top) * (right - left))

@@ -167,7 +167,7 @@ class TileOutput(_Tiles):
                         value = b.select(masks[q], self.clamp(merged), zero)
                         to = b.add(y_start, b.mul(place, arg["y_row"]))
                         to = self.step(to, pixel * FLOAT_BYTES)
-                        self.store_masked(value, to, masks[OUTPUTS + q])
+                        self.store_first(value, to, masks[OUTPUTS + q])
             return [
                 b.add(x, arg["x_channel"]),
                 b.add(y_start, arg["y_channel"]),

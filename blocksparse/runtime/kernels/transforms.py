@@ -130,7 +130,7 @@ class WinogradOutput(Transform):
                         merged.add_incoming(value, start)
                         merged.add_incoming(added, end)
                         clamped = b.select(inside, self.clamp(merged), zero)
-                        self.store_masked(clamped, y, within)
+                        self.store_first(clamped, y, within)
                     y, beside = b.add(y, arg["y_row"]), b.add(beside, arg["residual_row"])
                 return [self.step(at, self.lanes * FLOAT_BYTES), self.step(bits, self.bit_bytes)]
 

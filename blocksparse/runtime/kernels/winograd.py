@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import records as r
-from .convolution import width_of
+from .convolution import tiles_of
 from .intrinsics import call, load_acquire, store
 from .loop import loop
 from .views import view, zero_ends
@@ -54,17 +54,18 @@ def winograd_item(
             values = tables[at + r.TILE_VALUES] + plane * count * step[r.STEP_BYTES]
             v = 0
             while v < vectors:
-                width = width_of(step, vectors - v)
-                shift = 4 * v * step[r.LANES]
+                width, many = tiles_of(step, vectors - v)
+                shift, across = 4 * v * step[r.LANES], 4 * width * step[r.LANES]
                 call(
                     step[r.KERNELS + width - 1],
                     (
                         x + 4 * plane * step[r.PLANE] + shift, values,
                         tables[at + r.TILE_OFFSETS], count, 4 * step[r.PLANE_CHANNEL],
                         sums + 4 * plane * step[r.SUMS_PLANE] + shift, 4 * step[r.SUMS_ROW],
+                        many, across, 0, across,
                     ),
                 )  # fmt: skip
-                v += width
+                v += width * many
         for t in range(first, last):
             _outputs(
                 memory, memory_at, step, t, tables[at + r.TILE_FIRST], tables[at + r.TILE_ROWS],

@@ -42,16 +42,15 @@ def tiles_item(
         unit = first
         while unit < last:
             width = min(r.UNITS, last - unit)
-            for plane in range(PLANES * PLANES):
-                call(
-                    step[r.KERNELS + width - 1],
-                    (
-                        planes + 4 * plane * step[r.PLANE] + (unit - first) * vector,
-                        tables[at + r.TILE_VALUES] + plane * count * step[r.STEP_BYTES],
-                        tables[at + r.TILE_OFFSETS], count, 4 * step[r.PLANE_CHANNEL],
-                        sums + 4 * plane * step[r.SUMS_PLANE], 4 * step[r.SUMS_ROW],
-                    ),
-                )  # fmt: skip
+            call(
+                step[r.KERNELS + width - 1],
+                (
+                    planes + (unit - first) * vector, tables[at + r.TILE_VALUES],
+                    tables[at + r.TILE_OFFSETS], count, 4 * step[r.PLANE_CHANNEL], sums,
+                    4 * step[r.SUMS_ROW], PLANES * PLANES, 4 * step[r.PLANE],
+                    count * step[r.STEP_BYTES], 4 * step[r.SUMS_PLANE],
+                ),
+            )  # fmt: skip
             for one in range(width):
                 _outputs(
                     memory, memory_at, step, unit + one, tables[at + r.TILE_FIRST],
