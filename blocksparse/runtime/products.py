@@ -16,7 +16,7 @@ from .kernels import objects, records
 from .kernels.kernel import Kernel
 from .kernels.target import Target
 from .layout import Layout
-from .prepack import Packed
+from .prepack import Packed, RowTile
 from .steps import Step
 from .tables import Tables
 
@@ -198,7 +198,7 @@ def balanced(work: list[int], parts: int) -> list[int]:
     Parameters
     ----------
     work : list of int
-        Kernel steps of every tile, in order.
+        Kernel steps of every tile, in order, and what each costs without any.
     parts : int
         Runs wanted.
 
@@ -207,10 +207,30 @@ def balanced(work: list[int], parts: int) -> list[int]:
     list of int
         Boundaries, from 0 to ``len(work)``, strictly increasing.
     """
-    # a tile without nonzeros still writes its outputs
-    total = np.cumsum([0, *(steps + 1 for steps in work)])
+    total = np.cumsum([0, *work])
     wanted = total[-1] * np.arange(parts + 1) / parts
     return sorted({int(i) for i in np.searchsorted(total, wanted)} | {0, len(work)})
+
+
+def same_steps(packed: Packed, limit: int) -> list[list[RowTile]]:
+    """Join neighbouring row tiles with the same steps, up to `limit` output channels.
+
+    Those of a dense weight have, and those of one row of blocks that are higher than a tile.
+    """
+    runs: list[list[RowTile]] = []
+    for tile in packed.tiles:
+        run = runs[-1] if runs else []
+        rows = sum(one.rows for one in run)
+        if (
+            run
+            and run[-1].rows == packed.rows
+            and run[0].steps == tile.steps
+            and (rows + tile.rows <= limit)
+        ):
+            run.append(tile)
+        else:
+            runs.append([tile])
+    return runs
 
 
 def fill_product(
@@ -248,16 +268,24 @@ def fill_product(
     values, indices = tables.address(packed.values), tables.address(packed.indices)
     # a kernel asks for the inputs of the next step: there is one more than steps
     starts = tables.address(np.append(offsets, np.zeros(1, np.int32)))
-    rows = np.zeros((len(packed.tiles), records.TILE_FIELDS), np.int64)
-    for row, tile in zip(rows, packed.tiles, strict=True):
+    # no more of them together than leave the parts wanted
+    limit = min(target.together, -(-len(bias) // parts)) if step.op == records.CONV else 1
+    runs = same_steps(packed, limit)
+    rows = np.zeros((len(runs), records.TILE_FIELDS), np.int64)
+    for row, run in zip(rows, runs, strict=True):
+        tile = run[0]
         row[records.TILE_FIRST] = tile.first
-        row[records.TILE_ROWS] = tile.rows
+        row[records.TILE_ROWS] = sum(one.rows for one in run)
         row[records.TILE_VALUES] = values + 4 * tile.values
+        row[records.TILE_NEXT] = 4 * (run[-1].values - tile.values) // max(1, len(run) - 1)
         row[records.TILE_OFFSETS] = starts + 4 * tile.steps.start
         row[records.TILE_COUNT] = tile.steps.stop - tile.steps.start
         row[records.TILE_INDICES] = indices + tile.indices
     record[records.TILES] = tables.integers(rows)
-    boundaries = balanced(rows[:, records.TILE_COUNT].tolist(), parts)
+    work = [
+        len(run) * (int(row[records.TILE_COUNT]) + 1) for run, row in zip(runs, rows, strict=True)
+    ]
+    boundaries = balanced(work, parts)
     record[records.PARTS] = tables.integers(boundaries)
     record[records.PARTS_COUNT] = len(boundaries) - 1
     # the last tile may have fewer rows than its kernel reads

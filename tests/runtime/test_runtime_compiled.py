@@ -49,6 +49,17 @@ def test_convolution_in_every_layout(layout, channels):
     assert_agrees(b.model())
 
 
+@pytest.mark.parametrize("layout", ["dense", ("bsr", (8, 8), 0.5), ("bsr", (16, 4), 0.5)], ids=str)
+@pytest.mark.parametrize("outputs", [256, 333])
+def test_many_output_channels(layout, outputs):
+    """So many that several row tiles are computed of one tile of pixels before the next."""
+    b = Builder((8, 5, 7))
+    options = {"kernel": (1, 1), "padding": (0, 0), "activation": "none", "layout": layout}
+    side = b.conv("x", outputs, **options)
+    b.conv("x", outputs, residual=side, seed=1, **options)
+    assert_agrees(b.model())
+
+
 @settings(max_examples=60)
 @given(
     image=st.tuples(st.integers(1, 20), st.integers(1, 20)),

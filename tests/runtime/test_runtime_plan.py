@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import naive
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from models import Builder, make_weight
@@ -16,7 +17,7 @@ from blocksparse.runtime.kernels.target import Target
 from blocksparse.runtime.memory import Lifetime, assign
 from blocksparse.runtime.plan import bind
 from blocksparse.runtime.prepack import pack
-from blocksparse.runtime.products import balanced, pixel_mask
+from blocksparse.runtime.products import balanced, pixel_mask, same_steps
 from blocksparse.runtime.steps import lower
 
 TARGETS = [
@@ -96,16 +97,35 @@ def test_prepared_dense_holds_the_same_weight(target, groups, shape):
     assert not got.any()
 
 
-@given(st.lists(st.integers(0, 100), min_size=1, max_size=40), st.integers(1, 20))
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.integers(1, 20))
 def test_shares_of_work_are_even(work, parts):
     bounds = balanced(work, parts)
     assert bounds[0] == 0
     assert bounds[-1] == len(work)
     assert all(a < b for a, b in pairwise(bounds))
     assert len(bounds) - 1 <= parts
-    ideal = (sum(work) + len(work)) / parts
+    ideal = sum(work) / parts
     for a, b in pairwise(bounds):
-        assert sum(work[a:b]) + (b - a) <= ideal + 2 * (max(work) + 1)
+        assert sum(work[a:b]) <= ideal + 2 * max(work)
+
+
+@pytest.mark.parametrize(
+    ("limit", "dense_rows", "block_rows"),
+    [(1, [4, 4, 4, 4, 2] * 2, [4] * 5), (8, [8, 8, 2] * 2, [8, 8, 4]), (64, [18] * 2, [8, 8, 4])],
+)
+def test_row_tiles_are_joined_where_their_steps_agree(limit, dense_rows, block_rows):
+    """Two groups of 18 dense channels, and 20 in blocks of 8, in tiles of 4."""
+    target = Target("", "", "", lanes=8, rows=4, vectors=2)
+    dense = pack(make_weight((36, 8, 1, 1), "dense"), 2, target)
+    blocks = pack(make_weight((20, 16, 1, 1), ("bsr", (8, 8), 0.7)), 1, target)
+    for packed, expected in ((dense, dense_rows), (blocks, block_rows)):
+        runs = same_steps(packed, limit)
+        assert [tile for run in runs for tile in run] == list(packed.tiles)
+        assert [sum(tile.rows for tile in run) for run in runs] == expected
+        for run in runs:
+            assert all(tile.steps == run[0].steps for tile in run)
+            apart = {b.values - a.values for a, b in pairwise(run)}
+            assert len(apart) <= 1, "one distance serves all"
 
 
 @given(

@@ -78,7 +78,7 @@ def conv_item(memory: Any, memory_at: int, step: Any, tables: Any, item: int, ba
                     (
                         x + shift, values, offsets, count,
                         4 * a.channel, y + shift, 4 * b.channel, bias, beside, 4 * other.channel,
-                        mask, rows, step[r.BOUNDS], many,
+                        mask, rows, step[r.BOUNDS], many, tables[at + r.TILE_NEXT],
                     ),
                 )  # fmt: skip
             v += width * many

@@ -45,9 +45,10 @@ HEADER = 64
 UNITS = 2
 """Units computed at once: their sums, 36 planes of a row tile, have to stay in the first cache."""
 
-# A row tile in the tables
-TILE_FIRST, TILE_ROWS, TILE_VALUES, TILE_OFFSETS, TILE_COUNT, TILE_INDICES = range(6)
-TILE_FIELDS = 6
+# A row tile in the tables; TILE_NEXT: bytes to the weights of the next rows, if it has more of them
+# than the micro-kernel computes at once
+TILE_FIRST, TILE_ROWS, TILE_VALUES, TILE_OFFSETS, TILE_COUNT, TILE_INDICES, TILE_NEXT = range(7)
+TILE_FIELDS = 7
 
 # Pools
 KIND, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, COUNT_PAD = (
