@@ -11,9 +11,9 @@ from . import layout
 from .caches import second_level
 from .kernels import objects, records
 from .kernels.kernel import Kernel
+from .kernels.records import Layout
 from .kernels.target import Target
 from .kernels.winograd_matrices import OUTPUTS, PLANES
-from .layout import Layout
 from .prepack import Packed
 from .products import HALVES, ITEMS, fill_product, lane_bits, shares_pixels
 from .steps import Step

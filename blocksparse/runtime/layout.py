@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 from blocksparse.format import Graph, Node
 
+from .kernels.records import Layout
+
 PAGE_BYTES = 4096
 """What the operating system maps at once, and the processor's prefetcher does not leave."""
 
@@ -64,37 +66,6 @@ class Frame:
         """Floats from one channel to the next at a batch size."""
         stride = self.lead + round_up(batch * self.image, ALIGN) + round_up(self.margin, ALIGN)
         return odd_lines(stride)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where one value lies, at one batch size; distances in floats.
-
-    Parameters
-    ----------
-    base : int
-        Place of the first pixel of the first channel.
-    channel, image, row : int
-        Distance from one channel, image and row to the next.
-    channels, height, width : int
-        Shape of the value; a vector of F features has F channels of one pixel.
-    margin : int
-        Zeros needed on both sides of a channel's pixels; -1 where nothing around the pixels may be
-        written.
-    """
-
-    base: int
-    channel: int
-    image: int
-    row: int
-    channels: int
-    height: int
-    width: int
-    margin: int
-
-    def run(self, batch: int) -> int:
-        """Pixels of a channel from the first of the first image to the last of the last."""
-        return (batch - 1) * self.image + (self.height - 1) * self.row + self.width
 
 
 def round_up(count: int, multiple: int) -> int:

@@ -7,7 +7,7 @@ and kernel positions of prepared weights into offsets in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from . import layout
 from .bands import fill_columns, fill_tiles
 from .kernels import call_record, objects, records
 from .kernels.kernel import Kernel
+from .kernels.records import Layout
 from .kernels.target import Target
-from .layout import Layout
 from .memory import Lifetime, assign
 from .products import ITEMS, fill_conv, fill_linear, lane_bits
 from .steps import Step, Steps, kernel_size
@@ -358,7 +358,7 @@ def window_sizes(
 
 
 def _put(record: Record, at: int, where: Layout) -> None:
-    record[at : at + 8] = astuple(where)
+    record[at : at + 8] = where
 
 
 def _as_row(where: Layout) -> Layout:

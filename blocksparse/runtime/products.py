@@ -15,8 +15,8 @@ from . import layout
 from .caches import KIB, second_level
 from .kernels import objects, records
 from .kernels.kernel import Kernel
+from .kernels.records import Layout
 from .kernels.target import Target
-from .layout import Layout
 from .prepack import Packed, RowTile
 from .steps import Step
 from .tables import Tables

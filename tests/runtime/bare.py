@@ -16,7 +16,7 @@ from blocksparse.runtime.kernels.compiler import loop_text
 from blocksparse.runtime.kernels.intrinsics import floats_at, integers_at
 from blocksparse.runtime.kernels.program import run_item
 from blocksparse.runtime.kernels.target import host
-from blocksparse.runtime.layout import ALIGN, Layout, round_up
+from blocksparse.runtime.layout import ALIGN, round_up
 
 LANES = (4, 8, 16)
 """Vector lengths; LLVM cuts those the processor does not have."""
@@ -113,7 +113,7 @@ def run_over(engine, x, fill, threads=1):
 def targets(plan, *ops):
     """Layouts of what the steps write, those of some kinds if any are named."""
     return [
-        Layout(*record[records.TARGET : records.TARGET + 8].tolist())
+        records.Layout(*record[records.TARGET : records.TARGET + 8].tolist())
         for record in plan.records
         if record[records.OP] in (ops or set(range(32)) - {records.STORE})
     ]

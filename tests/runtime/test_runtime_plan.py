@@ -13,6 +13,7 @@ from models import Builder, make_weight
 
 from blocksparse.runtime import layout
 from blocksparse.runtime.compiled import CompiledEngine
+from blocksparse.runtime.kernels import records
 from blocksparse.runtime.kernels.target import Target
 from blocksparse.runtime.memory import Lifetime, assign
 from blocksparse.runtime.plan import bind
@@ -134,7 +135,7 @@ def test_row_tiles_are_joined_where_their_steps_agree(limit, dense_rows, block_r
 )  # fmt: skip
 def test_pixel_mask_marks_images_and_nothing_else(batch, height, width, extra, lanes):
     row = width + extra[1]
-    where = layout.Layout(0, 0, (height + extra[0]) * row, row, 1, height, width, 0)
+    where = records.Layout(0, 0, (height + extra[0]) * row, row, 1, height, width, 0)
     mask = pixel_mask(where, batch, lanes)
     bits = np.unpackbits(mask.reshape(-1, max(1, lanes // 8)), axis=1, bitorder="little")
     got = set(np.flatnonzero(bits[:, :lanes].reshape(-1)))

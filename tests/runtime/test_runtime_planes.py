@@ -25,7 +25,7 @@ from models import Builder, randoms
 from blocksparse.runtime import load, reference
 from blocksparse.runtime.kernels import records
 from blocksparse.runtime.kernels.kernel import Kernel
-from blocksparse.runtime.layout import Layout, phases
+from blocksparse.runtime.layout import phases
 
 WIDTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33)
 
@@ -199,7 +199,7 @@ def test_vector_code_reads_only_memory(model):
     np.testing.assert_allclose(got, reference.run(model, images), rtol=0, atol=1e-4)
     for record in plan.records[np.isin(plan.records[:, records.OP], (records.POOL, records.COPY))]:
         if record[records.FAST]:
-            source = Layout(*record[records.SOURCE : records.SOURCE + 8].tolist())
+            source = records.Layout(*record[records.SOURCE : records.SOURCE + 8].tolist())
             left = record[records.SHIFT + 2] if record[records.OP] == records.COPY else 0
             last = source.base + (source.channels - 1) * source.channel
             row = 2 * record[records.ROW_VECTORS] * record[records.LANES]

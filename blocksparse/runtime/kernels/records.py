@@ -4,6 +4,10 @@ A program is an int64 table, one row per step. This module is the one place that
 in which column.
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 # What runs
 LOAD, STORE, COPY, CONV, CONV_NM, LINEAR, LINEAR_NM, POOL, ADAPTIVE_POOL, ELEMENTWISE = range(10)
 WINOGRAD, TILES_CONV = 10, 11  # Winograd down the columns, and in both directions
@@ -12,9 +16,40 @@ WINOGRAD, TILES_CONV = 10, 11  # Winograd down the columns, and in both directio
 OP, ITEMS = 0, 1
 CHUNK = 2  # rows of all images, or channels, that one work item of a move covers
 BY_CHANNELS = 31  # whether it is channels
-SOURCE, TARGET = 32, 40  # layouts, 8 columns each
-OTHER = 48  # layout of the residual or second operand; base -1: none
+SOURCE, TARGET = 32, 40  # each a `Layout`, 8 columns
+OTHER = 48  # `Layout` of the residual or second operand; base -1: none
 FIELDS = 56
+
+
+class Layout(NamedTuple):
+    """Where one value lies, at one batch size; distances in floats.
+
+    Parameters
+    ----------
+    base : int
+        Place of the first pixel of the first channel.
+    channel, image, row : int
+        Distance from one channel, image and row to the next.
+    channels, height, width : int
+        Shape of the value; a vector of F features has F channels of one pixel.
+    margin : int
+        Zeros needed on both sides of a channel's pixels; -1 where nothing around the pixels may be
+        written.
+    """
+
+    base: int
+    channel: int
+    image: int
+    row: int
+    channels: int
+    height: int
+    width: int
+    margin: int
+
+    def run(self, batch: int) -> int:
+        """Pixels of a channel from the first of the first image to the last of the last."""
+        return (batch - 1) * self.image + (self.height - 1) * self.row + self.width
+
 
 # Copies: input coordinate = output coordinate * scale + shift; PLANES > 1 for phase planes
 SCALE, SHIFT = 3, 6  # channel, row, column each

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import records as r
 from .loop import loop
 
 
-class View(NamedTuple):
-    """Where a value lies; see `blocksparse.runtime.layout.Layout`."""
-
-    base: int
-    channel: int
-    image: int
-    row: int
-    channels: int
-    height: int
-    width: int
-    margin: int
-
-
 @loop
-def view(step: Any, at: int) -> View:
+def view(step: Any, at: int) -> r.Layout:
     """Read a layout from a step's record."""
-    return View(
+    return r.Layout(
         step[at], step[at + 1], step[at + 2], step[at + 3],
         step[at + 4], step[at + 5], step[at + 6], step[at + 7],
     )  # fmt: skip
@@ -40,7 +27,7 @@ def span(step: Any, item: int, channels: int, lines: int) -> tuple[int, int, int
 
 
 @loop
-def zero_beside(memory: Any, to: View, channel: int, n: int, y: int, batch: int) -> None:
+def zero_beside(memory: Any, to: r.Layout, channel: int, n: int, y: int, batch: int) -> None:
     """Zero what lies beside row y of image n and that a convolution could read as padding.
 
     That is everything up to the next row or image, and the margins at both ends of a channel.
@@ -61,7 +48,7 @@ def zero_beside(memory: Any, to: View, channel: int, n: int, y: int, batch: int)
 
 @loop
 def zero_ends(
-    memory: Any, to: View, first: int, last: int, n: int, y: int, rows: int, batch: int
+    memory: Any, to: r.Layout, first: int, last: int, n: int, y: int, rows: int, batch: int
 ) -> None:
     """Do `zero_beside` for channels whose rows were written whole, padding columns included.
 
