@@ -115,7 +115,7 @@ def fill_tiles(
         Bytes of scratch memory that a thread needs.
     """
     lanes, planes = target.lanes, PLANES * PLANES
-    source = Layout(*record[records.SOURCE : records.SOURCE + 8].tolist())
+    source = records.layout_at(record, records.SOURCE)
     across, down = -(-output.width // OUTPUTS), -(-output.height // OUTPUTS)
     # a unit covers as many tile rows as fit side by side into one vector
     groups = next(g for g in (4, 2, 1) if g == 1 or (g <= down and across <= lanes // g))

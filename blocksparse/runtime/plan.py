@@ -358,7 +358,7 @@ def window_sizes(
 
 
 def _put(record: Record, at: int, where: Layout) -> None:
-    record[at : at + 8] = where
+    record[at : at + len(where)] = where
 
 
 def _as_row(where: Layout) -> Layout:

@@ -202,7 +202,7 @@ def balanced(work: list[int], parts: int) -> list[int]:
     Parameters
     ----------
     work : list of int
-        Kernel steps of every tile, in order, and what each costs without any.
+        What each run of tiles costs, in order, above 0.
     parts : int
         Runs wanted.
 
@@ -219,7 +219,8 @@ def balanced(work: list[int], parts: int) -> list[int]:
 def same_steps(packed: Packed, limit: int) -> list[list[RowTile]]:
     """Join neighbouring row tiles with the same steps, up to `limit` output channels.
 
-    Those of a dense weight have, and those of one row of blocks that are higher than a tile.
+    Those of a dense weight have, and those of one row of blocks that are higher than a tile. The
+    weights of a run's tiles are equally far apart; tiles without steps stay alone.
     """
     runs: list[list[RowTile]] = []
     for tile in packed.tiles:
@@ -229,6 +230,7 @@ def same_steps(packed: Packed, limit: int) -> list[list[RowTile]]:
             run
             and run[-1].rows == packed.rows
             and run[0].steps == tile.steps
+            and tile.steps.stop > tile.steps.start
             and (rows + tile.rows <= limit)
         ):
             run.append(tile)
@@ -286,6 +288,7 @@ def fill_product(
         row[records.TILE_COUNT] = tile.steps.stop - tile.steps.start
         row[records.TILE_INDICES] = indices + tile.indices
     record[records.TILES] = tables.integers(rows)
+    # a tile without nonzeros still writes its outputs
     work = [
         len(run) * (int(row[records.TILE_COUNT]) + 1) for run, row in zip(runs, rows, strict=True)
     ]

@@ -113,7 +113,7 @@ def run_over(engine, x, fill, threads=1):
 def targets(plan, *ops):
     """Layouts of what the steps write, those of some kinds if any are named."""
     return [
-        records.Layout(*record[records.TARGET : records.TARGET + 8].tolist())
+        records.layout_at(record, records.TARGET)
         for record in plan.records
         if record[records.OP] in (ops or set(range(32)) - {records.STORE})
     ]
@@ -140,11 +140,12 @@ def assert_zeros_around(values, plan, op, batch):
 def assert_nothing_else_written(values, plan, batch):
     """Only rows of the steps' own values, and the zeros around them, may have been written."""
     allowed = np.zeros(len(values), bool)
+    whole = targets(plan, records.CONV, records.CONV_NM)  # they write whole vectors
     for where in targets(plan):
         margin = max(where.margin, 0)
         # the last row may be filled up to the next one
         end = (batch - 1) * where.image + where.height * where.row + margin
-        if where in targets(plan, records.CONV):  # writes whole vectors, one channel in one piece
+        if where in whole:  # one channel in one piece
             end = max(end, round_up(where.run(batch), ALIGN))
         for channel in range(where.channels):
             start = where.base + channel * where.channel

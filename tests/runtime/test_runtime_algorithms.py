@@ -24,7 +24,7 @@ from blocksparse.runtime.kernels import records
 from blocksparse.runtime.kernels.target import Target, host
 
 DIRECT, COLUMNS, TILES, DENSE, DENSE_COLUMNS, DENSE_TILES = Algorithm
-TARGET = Target("x86_64-unknown-linux-gnu", "generic", "+avx512f", 16, 8, 3)
+TARGET = Target("x86_64-unknown-linux-gnu", "generic", "+avx512f", 16, 8, 3, 8)
 LOW = ("bsr", (4, 4), 0.5)
 LAYOUTS = ["dense", ("bsr", (8, 8), 0.5), LOW, ("bsr", (1, 1), 0.3), ("nm", 2, 4)]
 

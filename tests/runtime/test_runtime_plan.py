@@ -22,7 +22,7 @@ from blocksparse.runtime.products import balanced, pixel_mask, same_steps
 from blocksparse.runtime.steps import lower
 
 TARGETS = [
-    Target("x86_64-unknown-linux-gnu", "generic", "", lanes, rows, 3)
+    Target("x86_64-unknown-linux-gnu", "generic", "", lanes, rows, 3, rows)
     for lanes, rows in ((16, 8), (8, 4), (4, 8))
 ]
 
@@ -116,7 +116,7 @@ def test_shares_of_work_are_even(work, parts):
 )
 def test_row_tiles_are_joined_where_their_steps_agree(limit, dense_rows, block_rows):
     """Two groups of 18 dense channels, and 20 in blocks of 8, in tiles of 4."""
-    target = Target("", "", "", lanes=8, rows=4, vectors=2)
+    target = Target("", "", "", lanes=8, rows=4, vectors=2, together=64)
     dense = pack(make_weight((36, 8, 1, 1), "dense"), 2, target)
     blocks = pack(make_weight((20, 16, 1, 1), ("bsr", (8, 8), 0.7)), 1, target)
     for packed, expected in ((dense, dense_rows), (blocks, block_rows)):
@@ -127,6 +127,8 @@ def test_row_tiles_are_joined_where_their_steps_agree(limit, dense_rows, block_r
             assert all(tile.steps == run[0].steps for tile in run)
             apart = {b.values - a.values for a, b in pairwise(run)}
             assert len(apart) <= 1, "one distance serves all"
+    empty = pack(make_weight((20, 16, 1, 1), ("bsr", (8, 8), 0)), 1, target)
+    assert len(same_steps(empty, limit)) == len(empty.tiles)
 
 
 @given(

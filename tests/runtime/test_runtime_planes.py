@@ -199,7 +199,7 @@ def test_vector_code_reads_only_memory(model):
     np.testing.assert_allclose(got, reference.run(model, images), rtol=0, atol=1e-4)
     for record in plan.records[np.isin(plan.records[:, records.OP], (records.POOL, records.COPY))]:
         if record[records.FAST]:
-            source = records.Layout(*record[records.SOURCE : records.SOURCE + 8].tolist())
+            source = records.layout_at(record, records.SOURCE)
             left = record[records.SHIFT + 2] if record[records.OP] == records.COPY else 0
             last = source.base + (source.channels - 1) * source.channel
             row = 2 * record[records.ROW_VECTORS] * record[records.LANES]

@@ -22,7 +22,7 @@ GROUPS = (1, 2, 4)
 
 
 def target_of(lanes):
-    return Target("x86_64-unknown-linux-gnu", "generic", "", lanes, 8 if lanes > 8 else 4, 3)
+    return Target("x86_64-unknown-linux-gnu", "generic", "", lanes, 8 if lanes > 8 else 4, 3, 8)
 
 
 def test_the_definitions_agree_with_each_other():

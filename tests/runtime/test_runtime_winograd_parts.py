@@ -92,7 +92,7 @@ def test_planes_are_the_transformed_taps(lanes, shape, layout, block, density, s
         mask = np.ones((k, channels, *((3, width) if layout == "per position" else (1, 1))))
         dense = dense * (block_zeros(mask.astype(np.float32), block, density, seed) != 0)
         weight = BsrWeight.from_dense(dense, block)
-    target = Target("x86_64-unknown-linux-gnu", "generic", "", lanes, 8 if lanes > 8 else 4, 3)
+    target = Target("x86_64-unknown-linux-gnu", "generic", "", lanes, 8 if lanes > 8 else 4, 3, 8)
     packed = pack(weight, 1, target)
     planes = winograd.transform(packed, width)
     assert (planes.rows, planes.columns, planes.group) == (packed.rows, packed.columns, 0)
@@ -115,7 +115,7 @@ def test_planes_are_the_transformed_taps(lanes, shape, layout, block, density, s
 
 def test_tiles_of_a_dense_weight_share_their_steps():
     weight = DenseWeight.from_dense(randoms(40, 6, 3, 3))
-    planes = winograd.transform(pack(weight, 1, Target("x86_64", "", "", 16, 8, 3)), 3)
+    planes = winograd.transform(pack(weight, 1, Target("x86_64", "", "", 16, 8, 3, 8)), 3)
     assert len(planes.tiles) == 5
     assert len({(tile.steps.start, tile.steps.stop) for tile in planes.tiles}) == 1
     assert len(planes.channels) == 3
@@ -126,7 +126,7 @@ def test_fewer_products_pay_and_transforms_cost():
     for channels, expected in ((256, True), (1, False)):
         packed = pack(
             DenseWeight.from_dense(randoms(channels, channels, 3, 3)),
-            1, Target("x86_64", "", "", 16, 8, 3),
+            1, Target("x86_64", "", "", 16, 8, 3, 8),
         )  # fmt: skip
         rule = winograd.pays(packed, 3, channels, winograd.Geometry(28, 30), 16)
         assert rule is expected
@@ -153,7 +153,7 @@ def test_what_can_run_this_way(kernel, changes, expected):
     attrs = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, **changes}
     b = Builder((4, 40, 40))
     b.conv("x", 4, kernel=kernel, **attrs)
-    target = Target("x86_64-unknown-linux-gnu", "generic", "", 16, 8, 3)
+    target = Target("x86_64-unknown-linux-gnu", "generic", "", 16, 8, 3, 8)
     assert winograd.applies(b.model().graph.nodes[0], kernel, target) is expected
 
 

@@ -44,7 +44,7 @@ def conv_item(memory: Any, memory_at: int, step: Any, tables: Any, item: int, ba
     last = min(step[r.VECTORS], first + step[r.PANEL])
     lanes = step[r.LANES]
     mask_bytes = max(1, lanes // 8)
-    run = (batch - 1) * b.image + (b.height - 1) * b.row + b.width
+    run = (batch - 1) * b.image + (b.height - 1) * b.row + b.width  # as `Layout.run`
     for tile in range(tables[step[r.PARTS] + part], tables[step[r.PARTS] + part + 1]):
         at = step[r.TILES] + tile * r.TILE_FIELDS
         k, rows = tables[at + r.TILE_FIRST], tables[at + r.TILE_ROWS]

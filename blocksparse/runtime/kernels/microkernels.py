@@ -3,14 +3,16 @@
 Four products share one idea: activations lie in memory so that a whole vector is useful, a weight
 is broadcast against it, and a zero weight skips the multiplication altogether.
 
-- ``sparse_conv``: a register tile of output channels by vectors of pixels, over the nonzero blocks
-  of one block row: the block-sparse batch-reduce product of Tensor Processing Primitives. There is
-  no im2col; every block carries the offset of its input channel and kernel position in the padded
-  planar input.
+- ``sparse_conv``: register tiles of output channels by vectors of pixels, side by side, each over
+  the nonzero blocks of one block row: the block-sparse batch-reduce product of Tensor Processing
+  Primitives. Where several tiles of channels have blocks at the same places, they follow each other
+  before the next pixels. There is no im2col; every block carries the offset of its input channel
+  and kernel position in the padded planar input.
 - ``nm_conv``: one output channel by many vectors of pixels, over N:M groups whose indices stay
   packed bits.
-- ``sparse_product``: the same without bias, clamp and padding, between ``winograd_input`` and
-  ``winograd_output``.
+- ``sparse_product``: tiles without bias, clamp and padding, between ``winograd_input`` and
+  ``winograd_output``; from tile to tile it moves along the pixels of a plane, or from plane to
+  plane.
 - ``sparse_linear`` and ``nm_linear``: a linear layer has one pixel an image, so vectors run over
   output features instead; packed N:M has one output feature at a time and is a scalar product.
 

@@ -6,7 +6,11 @@ in which column.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 # What runs
 LOAD, STORE, COPY, CONV, CONV_NM, LINEAR, LINEAR_NM, POOL, ADAPTIVE_POOL, ELEMENTWISE = range(10)
@@ -51,6 +55,11 @@ class Layout(NamedTuple):
         return (batch - 1) * self.image + (self.height - 1) * self.row + self.width
 
 
+def layout_at(record: Sequence[int] | npt.NDArray[np.int64], at: int) -> Layout:
+    """Read the layout that starts at a column of a record."""
+    return Layout(*(int(field) for field in record[at : at + len(Layout._fields)]))
+
+
 # Copies: input coordinate = output coordinate * scale + shift; PLANES > 1 for phase planes
 SCALE, SHIFT = 3, 6  # channel, row, column each
 PLANES, PLANE_SHIFTS = 9, 10  # PLANE_SHIFTS: place of (row, column) shifts in the tables
@@ -80,8 +89,8 @@ HEADER = 64
 UNITS = 2
 """Units computed at once: their sums, 36 planes of a row tile, have to stay in the first cache."""
 
-# A row tile in the tables; TILE_NEXT: bytes to the weights of the next rows, if it has more of them
-# than the micro-kernel computes at once
+# One or several row tiles with the same steps, in the tables; TILE_NEXT: bytes from the weights of
+# one to those of the next
 TILE_FIRST, TILE_ROWS, TILE_VALUES, TILE_OFFSETS, TILE_COUNT, TILE_INDICES, TILE_NEXT = range(7)
 TILE_FIELDS = 7
 

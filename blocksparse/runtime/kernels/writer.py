@@ -197,7 +197,7 @@ class Writer(Function):
         return b.bitcast(word, ir.VectorType(ir.IntType(1), self.lanes))
 
     def store_first(self, value: ir.Value, address: ir.Value, mask: ir.Value) -> None:
-        """Write the first lanes, as many as a mask has: behind a row may lie another item's."""
+        """Write the lanes of a mask, the first so many: behind a row may lie another item."""
         if self.lanes >= MASKED_STORE_LANES:
             self._store_masked(value, address, mask)
             return
