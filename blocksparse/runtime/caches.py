@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 KIB = 1024
@@ -75,6 +76,7 @@ def system_caches(cpus: Iterable[int], root: Path | None = None) -> tuple[Cache,
     return tuple(found[level] for level in sorted(found))
 
 
+@cache
 def second_level() -> int:
     """Return the bytes of a core's second-level cache; 1 MiB where the system does not tell."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}

@@ -231,7 +231,7 @@ def same_steps(packed: Packed, limit: int) -> list[list[RowTile]]:
             and run[-1].rows == packed.rows
             and run[0].steps == tile.steps
             and tile.steps.stop > tile.steps.start
-            and (rows + tile.rows <= limit)
+            and rows + tile.rows <= limit
         ):
             run.append(tile)
         else:

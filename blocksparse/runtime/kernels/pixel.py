@@ -121,14 +121,14 @@ class BlockSums(Writer):
 class SparseConv(BlockSums, PixelWriter):
     """Block-sparse convolution.
 
-    There may be more than R rows: of blocks at the same places, whose weights lie ``w_step`` bytes
+    There may be more than R rows: of blocks at the same places, whose weights lie ``w_next`` bytes
     apart. They are computed for one tile of pixels after the other, whose inputs wait in the first
     cache.
     """
 
     arguments = (
         "x", "w", "offsets", "count", "x_stride", "y", "y_stride", "bias", "residual",
-        "residual_stride", "mask", "rows", "bounds", "tiles", "w_step",
+        "residual_stride", "mask", "rows", "bounds", "tiles", "w_next",
     )  # fmt: skip
 
     def tile(self, x: ir.Value, y: ir.Value, residual: ir.Value, mask: ir.Value) -> None:
@@ -142,7 +142,7 @@ class SparseConv(BlockSums, PixelWriter):
             sums = self.block_sums(x, w, self.bias_tile(bias))
             self.finish(sums, y, residual, mask, left)
             return [
-                b.add(w, arg["w_step"]),
+                b.add(w, arg["w_next"]),
                 b.add(y, y_step),
                 b.add(residual, residual_step),
                 self.step(bias, self.kernel.rows * FLOAT_BYTES),

@@ -6,7 +6,6 @@ in which column.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,9 +54,9 @@ class Layout(NamedTuple):
         return (batch - 1) * self.image + (self.height - 1) * self.row + self.width
 
 
-def layout_at(record: Sequence[int] | npt.NDArray[np.int64], at: int) -> Layout:
+def layout_at(record: npt.NDArray[np.int64], at: int) -> Layout:
     """Read the layout that starts at a column of a record."""
-    return Layout(*(int(field) for field in record[at : at + len(Layout._fields)]))
+    return Layout(*record[at : at + len(Layout._fields)].tolist())
 
 
 # Copies: input coordinate = output coordinate * scale + shift; PLANES > 1 for phase planes

@@ -47,8 +47,8 @@ class Target:
 
 # AVX-512 and NEON have 32 vector registers, room for 24 accumulators; AVX2 and SSE have 16, room
 # for 12. With AVX2 two vectors are one cache line, while three read every other line twice: on a
-# Zen 3, 1x1 convolutions of ResNet-50 take 1.5 ms with 4x2 and 2.6 ms with 4x3. Dense, it takes
-# 92 ms with up to 64 channels together and 97 with 4; that was not measured on other processors.
+# Zen 3, 1x1 convolutions of ResNet-50 take 1.5 ms with 4x2 and 2.6 ms with 4x3. The whole network,
+# dense, takes 92 ms there with up to 64 channels together and 97 with 4. Not measured elsewhere.
 _WIDE = {"lanes": 16, "rows": 8, "vectors": 3, "together": 8}
 _AVX2 = {"lanes": 8, "rows": 4, "vectors": 2, "together": 64}
 _NEON = {"lanes": 4, "rows": 8, "vectors": 3, "together": 8}
