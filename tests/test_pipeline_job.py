@@ -20,10 +20,11 @@ import blocksparse
 from blocksparse.format import BsrWeight
 from blocksparse.pipeline.folders import RunFolder
 from blocksparse.pipeline.job import run
-from blocksparse.pipeline.setup import build_data, build_network
+from blocksparse.pipeline.setup import build, build_data, build_network
 from blocksparse.report import Report
 from blocksparse.sparsity import checkpoint_masks
-from blocksparse.training import read_weights
+from blocksparse.training import load_weights, read_weights
+from blocksparse.training.module import fingerprint
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SMALL = [
@@ -237,6 +238,23 @@ def test_given_weights_replace_the_dense_training(
     assert not (folder.path / "logs" / "dense").exists()
     for name, value in weights(folder, "sparse").items():
         assert torch.equal(value, weights(whole[0], "sparse")[name]), name
+
+
+def test_teacher_has_the_order_of_the_permuted_network(tmp_path: Path) -> None:
+    cfg = configuration("permutation=greedy", "sparse.epochs=1", "distillation.features=1")
+    folder = RunFolder(tmp_path)
+    run(cfg, folder)
+    network = build_network(cfg, build_data(cfg))
+    load_weights(network, weights(folder, "dense"), source="dense")
+    unordered = fingerprint(network)
+    plan = build(cfg.sparsity).plan_for(network)
+    build(cfg.permutation)(network, plan, build_data(cfg).input_shape)
+    assert fingerprint(network) != unordered
+    checkpoint = torch.load(folder.last("sparse"), weights_only=True)
+    assert checkpoint["teacher"] == fingerprint(network)
+    errors = [row["train/feature_error"] for row in rows(folder, "sparse")]
+    assert all(0 < float(error) < 1 for error in errors if error)
+    assert any(errors)
 
 
 @pytest.mark.slow

@@ -147,6 +147,7 @@ class _Job:
         """Return the sparse network, pruned now or before, and what was pruned in it."""
         target = self.folder.checkpoint("sparse")
         network = copy.deepcopy(dense)
+        teacher = dense
         if self._finished("sparse"):
             load_weights(network, read_weights(target), source=str(target))
             plan = checkpoint_plan(torch.load(target, weights_only=True))
@@ -154,6 +155,7 @@ class _Job:
             return network.eval(), plan
         if is_set(self.cfg.permutation):
             self._permute(network)  # a resumed fit puts its own weights over these, in this order
+            teacher = copy.deepcopy(network)  # its features have the order of the student's
         callback, resume = self.pruning, self._last("sparse")
         if is_set(self.cfg.calibration) and resume is None:
             prune_one_shot(self.cfg, network, self.data, callback, self.folder)
@@ -162,7 +164,7 @@ class _Job:
             callbacks.append(build(self.cfg.batchnorm))
         if self.cfg.sparse.epochs > 0:
             Stage(self.cfg, "sparse", self.folder).fit(
-                network, self.data, teacher=dense, callbacks=callbacks, resume=resume
+                network, self.data, teacher=teacher, callbacks=callbacks, resume=resume
             )
         assert callback.plan is not None  # settled by now
         # The masks and the plan lie where Lightning would put them, for `checkpoint_plan`.

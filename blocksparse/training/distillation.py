@@ -1,9 +1,15 @@
-"""Learning from the dense network: knowledge distillation (G. Hinton et al., arXiv:1503.02531)."""
+"""Learning from the dense network: knowledge distillation (G. Hinton et al., arXiv:1503.02531).
+
+Features are followed as in FitNets (A. Romero et al., arXiv:1412.6550), without its regressor, as
+pruning leaves every feature map its shape; each is divided by its size, as the SquareHead loss does
+(E. Kurtic et al., arXiv:2310.06927).
+"""
 
 # N batch, K classes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -14,20 +20,24 @@ from torch import Tensor
 class Distillation:
     """How much, and how softly, to follow a teacher.
 
-    The loss is (1 - weight) * cross entropy + weight * T^2 * KL(teacher || student), both
-    distributions softened by the temperature T. T^2 keeps the gradients' size the same at every
-    temperature.
+    The loss is (1 - weight) * cross entropy + weight * T^2 * KL(teacher || student) + features *
+    error, both distributions softened by the temperature T. T^2 keeps the gradients' size the same
+    at every temperature. The error is that of `feature_error`.
 
     Attributes
     ----------
     temperature : float
         1 follows the teacher's probabilities; above, its small ones count more.
     weight : float
-        Share of the teacher in the loss, 0..1.
+        Share of the teacher's logits in the loss, 0..1.
+    features : float
+        Weight of the feature maps' error, from 0, which ignores them. The error is small, 0.2 when
+        a network has mended itself halfway, so a good weight is large.
     """
 
     temperature: float = 4.0
     weight: float = 0.7
+    features: float = 0.0
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -36,6 +46,10 @@ class Distillation:
             )
         if not 0 <= self.weight <= 1:
             raise ValueError(f"distillation.weight is {self.weight}; it is a share, 0..1")
+        if not 0 <= self.features < math.inf:
+            raise ValueError(
+                f"distillation.features is {self.features}; it is a weight, zero or above"
+            )
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return T^2 * KL(teacher || student), averaged over the batch.

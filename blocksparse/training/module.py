@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from blocksparse.training.data.order import stream_seed
 from blocksparse.training.distillation import Distillation
+from blocksparse.training.features import feature_error, recorded_features
 from blocksparse.training.optimization import Optimization
 from blocksparse.training.weights import WeightsError
 
@@ -28,8 +30,9 @@ _AUXILIARY = {"aux_logits": 0.4, "aux_logits1": 0.3, "aux_logits2": 0.3}
 class Classifier(LightningModule):
     """Train a network to tell images apart.
 
-    Logs `train/loss`, `lr`, and for each validation `val/loss`, `val/accuracy` and, above five
-    classes, `val/accuracy_top5` (fractions, 0..1); `test/...` likewise.
+    Logs `train/loss`, `lr`, where features are followed `train/feature_error`, and for each
+    validation `val/loss`, `val/accuracy` and, above five classes, `val/accuracy_top5` (fractions,
+    0..1); `test/...` likewise.
 
     The network's entries in `state_dict` are its own under `model.`; the teacher is not in there.
     Random numbers within a step (dropout) come from (seed, epoch, step), and gradients half
@@ -99,12 +102,18 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch of images and labels."""
         images, labels = batch
-        logits, auxiliary = _unpack(self(images))
+        with self._recorded(self.model) as features:
+            logits, auxiliary = _unpack(self(images))
         loss = self._cross_entropy(logits, labels)
         if self._teacher and self.distillation is not None:
-            with torch.no_grad():
-                wanted = self._teacher[0](self._arrange(images))
+            teacher = self._teacher[0]
+            with torch.no_grad(), self._recorded(teacher) as wanted_features:
+                wanted = teacher(self._arrange(images))
             loss = self.distillation.mix(loss, logits, wanted)
+            if self.distillation.features:
+                error = feature_error(features, wanted_features)
+                self.log("train/feature_error", error)
+                loss = loss + self.distillation.features * error
         for weight, extra in auxiliary:
             loss = loss + weight * self._cross_entropy(extra, labels)
         self.log("train/loss", loss, prog_bar=True)
@@ -182,6 +191,11 @@ class Classifier(LightningModule):
                 f"{wanted[:12]}, this one has {fingerprint(self._teacher[0])[:12]}): give the "
                 "dense checkpoint that the training began with"
             )
+
+    def _recorded(self, network: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
+        """Record features within the context, if anybody is going to compare them."""
+        followed = self.distillation is not None and self.distillation.features > 0
+        return recorded_features(network) if followed else nullcontext({})
 
     def _arrange(self, images: Tensor) -> Tensor:
         if self.channels_last:

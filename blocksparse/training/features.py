@@ -1,0 +1,80 @@
+"""Features: what the convolutions of a network read, beside what those of its teacher read."""
+
+# N batch, C channels, H W height and width of a feature map.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def recorded_features(network: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Record the inputs of a network's convolutions while it runs within the context.
+
+    Inputs, and not outputs: nobody may change them afterwards, as the backward pass needs them.
+
+    Yields
+    ------
+    dict
+        By name of the convolution, [N, C, H, W]: what it read last. Empty until the network runs.
+    """
+    features: dict[str, Tensor] = {}
+
+    def record(name: str) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            features[name] = args[0]
+
+        return network.get_submodule(name).register_forward_pre_hook(hook)
+
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
+    handles = [record(name) for name in names]
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def feature_error(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
+    """Return how far a network's features are from its teacher's.
+
+    Parameters
+    ----------
+    student, teacher : dict
+        From `recorded_features`, of the same images.
+
+    Returns
+    -------
+    tensor
+        A number: |student - teacher|^2 / |teacher|^2 of each feature map, averaged over maps;
+        without the division where the teacher's is all zero. The images themselves do not count,
+        nor do heads that only run in training; a map that several convolutions read counts once.
+
+    Raises
+    ------
+    ValueError
+        If the two differ in shapes, or have no convolution in common.
+    """
+    errors: dict[int, Tensor] = {}
+    for name in (name for name in student if name in teacher):
+        feature, wanted = student[name], teacher[name]
+        if feature.shape != wanted.shape:
+            raise _unlike(f"{name} reads {list(feature.shape)}, the teacher's {list(wanted.shape)}")
+        if feature.requires_grad:
+            error = (feature.float() - wanted.float()).pow(2).mean()
+            size = wanted.float().pow(2).mean()
+            errors[id(feature)] = error / torch.where(size > 0, size, 1.0)
+    if not errors:
+        raise _unlike("no convolution behind the first one has the same name in both")
+    return torch.stack(list(errors.values())).mean()
+
+
+def _unlike(why: str) -> ValueError:
+    return ValueError(
+        f"features can only be compared with a teacher of the same architecture: {why}. With "
+        "distillation.features=0 its logits alone are followed"
+    )
