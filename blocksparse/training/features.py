@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 @contextmanager
@@ -65,12 +67,33 @@ def feature_error(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Ten
         if feature.shape != wanted.shape:
             raise _unlike(f"{name} reads {list(feature.shape)}, the teacher's {list(wanted.shape)}")
         if feature.requires_grad:
-            error = (feature.float() - wanted.float()).pow(2).mean()
-            size = wanted.float().pow(2).mean()
-            errors[id(feature)] = error / torch.where(size > 0, size, 1.0)
+            errors[id(feature)] = _RelativeError.apply(feature, wanted)
     if not errors:
         raise _unlike("no convolution behind the first one has the same name in both")
     return torch.stack(list(errors.values())).mean()
+
+
+class _RelativeError(torch.autograd.Function):
+    """|feature - wanted|^2 / |wanted|^2, or the mean square of the feature where that is 0 / 0.
+
+    Written out because autograd would go over the maps twice as often: on a Zen 3 core the maps of
+    ResNet-20 add 10 % to a step, and 27 to 30 % with `mse_loss`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor, wanted: Tensor) -> Tensor:
+        size = torch.linalg.vector_norm(wanted.float()).square()
+        size = torch.where(size > 0, size, float(wanted.numel()))
+        difference = feature.float() - wanted.float()
+        ctx.save_for_backward(difference, size)
+        ctx.dtype = feature.dtype
+        return torch.linalg.vector_norm(difference).square() / size
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        difference, size = ctx.saved_tensors
+        return (difference * (2 * gradient / size)).to(ctx.dtype), None
 
 
 def _unlike(why: str) -> ValueError:

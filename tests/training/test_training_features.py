@@ -154,6 +154,28 @@ def test_the_error_joins_the_loss_with_its_weight():
     assert with_error == pytest.approx(without + 5 * float(error), rel=1e-5)
 
 
+def test_gradient_is_that_of_the_definition():
+    student, teacher = network(0), network(1).eval()
+    wanted = recorded(teacher, IMAGES)
+    ours = {n: f for n, f in recorded(student, IMAGES).items() if n != "conv1"}
+    parts = [(f - wanted[n]).pow(2).sum() / wanted[n].pow(2).sum() for n, f in ours.items()]
+    expected = torch.autograd.grad(
+        torch.stack(parts).mean(), list(ours.values()), retain_graph=True, materialize_grads=True
+    )
+    got = torch.autograd.grad(feature_error(ours, wanted), list(ours.values()))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_half_precision_keeps_its_type():
+    student = {"conv": torch.randn(2, 3, dtype=torch.bfloat16, requires_grad=True)}
+    teacher = {"conv": torch.randn(2, 3, dtype=torch.bfloat16)}
+    error = feature_error(student, teacher)
+    assert error.dtype == torch.float32
+    error.backward()
+    assert student["conv"].grad.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
 def test_weight_is_checked(weight):
     with pytest.raises(ValueError, match=r"distillation\.features is"):
