@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ import llvmlite
 import llvmlite.binding
 import numba
 import numpy as np
+
+from blocksparse.runtime.kernels.target import usable_cores
 
 # Features that decide how fast float kernels can be; the rest is left out.
 TELLING = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bf16", "avx512vnni", "neon", "sve")
@@ -76,13 +77,6 @@ def describe_machine(**versions: str) -> Machine:
         system=f"{platform.system()} {platform.machine()}",
         versions=tuple((own | versions).items()),
     )
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may run on, affinity masks respected."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _processor_name() -> str:

@@ -17,7 +17,7 @@ from .calls import CallMemory
 from .choices import choice_of
 from .explain import LayerChoice
 from .helpers import Helpers
-from .kernels import objects, records
+from .kernels import loops, records
 from .kernels.target import describe, host
 from .plan import Plan, bind
 from .steps import Packs, Step, Steps, lower
@@ -67,7 +67,7 @@ class CompiledEngine:
         self._helpers = Helpers()
         # Python's lock is not held while they run
         integers = [ctypes.c_int64] * 3
-        self._loops = ctypes.CFUNCTYPE(ctypes.c_int, *integers)(objects.loops(self.target))
+        self._loops = ctypes.CFUNCTYPE(ctypes.c_int, *integers)(loops.address(loops.PROGRAM))
 
     def __str__(self) -> str:
         return f"compiled engine: {describe(self.target)}"

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from blocksparse.format import Model, check_model, read
 from blocksparse.runtime import reference
 from blocksparse.runtime.explain import Explanation, LayerChoice
+from blocksparse.runtime.kernels.target import usable_cores
 
 _log = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ def load(
     else:
         model = read(source)
     return Network(
-        model, _engine(model, engine, winograd), _processors() if threads is None else threads
+        model, _engine(model, engine, winograd), usable_cores() if threads is None else threads
     )
 
 
@@ -210,9 +211,3 @@ def _engine(model: Model, name: EngineName, winograd: bool) -> Engine:
             ) from error
         _log.warning("running in NumPy, slowly: %s", error)
         return ReferenceEngine(model, f"because the compiled engine cannot run here: {error}")
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

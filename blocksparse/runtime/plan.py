@@ -17,7 +17,7 @@ from blocksparse.format import ACTIVATIONS, Model
 
 from . import layout
 from .bands import fill_columns, fill_tiles
-from .kernels import call_record, objects, records
+from .kernels import call_record, loops, objects, records
 from .kernels.kernel import Kernel
 from .kernels.records import Layout
 from .kernels.target import Target
@@ -129,6 +129,7 @@ class _Binding:
         for record, step in zip(table, self.steps.steps, strict=True):
             record[records.OP] = step.op
             record[records.OTHER] = -1
+            record[records.COMPUTE] = loops.address(loops.ITEMS[step.op])
             fill[step.op](record, step)
         integers, vectors = self.tables.joined()
         outputs = (self.batch, *self.model.output_shape)
@@ -247,6 +248,7 @@ class _Binding:
         x = np.arange(layout.round_up(target.row, lanes))
         read = [stride * x + column for column in columns]
         inside = x < target.width
+        record[records.COMPUTE] = loops.address(loops.FAST[int(record[records.OP])])
         record[records.FAST] = objects.address(kernel, self.target)
         record[records.LANES] = lanes
         record[records.ROW_VECTORS] = len(x) // lanes

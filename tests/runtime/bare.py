@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +11,6 @@ from blocksparse.runtime import compiled
 from blocksparse.runtime.calls import CallMemory
 from blocksparse.runtime.kernels import call_record as c
 from blocksparse.runtime.kernels import objects, records
-from blocksparse.runtime.kernels.compiler import loop_text
-from blocksparse.runtime.kernels.intrinsics import floats_at, integers_at
-from blocksparse.runtime.kernels.program import run_item
 from blocksparse.runtime.kernels.target import host
 from blocksparse.runtime.layout import ALIGN, round_up
 
@@ -57,35 +53,19 @@ def engine_of(model, lanes=None):
         compiled.host = kept
 
 
-def one_item(record_at, s, item):
-    """Compute one item of a step, as the first helper; compiled like the program."""
-    call = integers_at(record_at, c.FIELDS + 2 * c.OWN_FIELDS)
-    run_item(
-        integers_at(call[c.STEPS_AT] + 8 * records.FIELDS * s, records.FIELDS),
-        integers_at(call[c.TABLES_AT], call[c.TABLES_SIZE]),
-        floats_at(call[c.VECTORS_AT], call[c.VECTORS_SIZE]),
-        floats_at(call[c.MEMORY_AT], call[c.MEMORY_SIZE]),
-        call[c.MEMORY_AT],
-        floats_at(call[c.INPUT_AT], call[c.INPUT_SIZE]),
-        floats_at(call[c.OUTPUT_AT], call[c.OUTPUT_SIZE]),
-        item, call[c.BATCH], call[c.FIELDS + c.OWN_FIELDS + c.SCRATCH_AT], s,
-    )  # fmt: skip
-
-
 def shuffled(call, expected, seeds=(0, 1)):
     """Compute the items of a helper's call in random orders, over memory full of NaN."""
-    (memory, *_), at, _, _ = call
-    name = "test_one_item"
-    source = objects._sources() + inspect.getsource(one_item)
-    address = objects._load(name, host(), source, lambda: loop_text(one_item, name))
-    compute = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * 3)(address)
+    (memory, record, *_), at, _, _ = call
+    scratch_at = record[c.FIELDS + c.OWN_FIELDS + c.SCRATCH_AT]
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * 5)
     for seed in seeds:
         rng = np.random.default_rng(seed)
         memory.values[:] = np.nan
         memory.output[:] = np.nan
-        for s, count in enumerate(memory.plan.records[:, records.ITEMS]):
-            for item in rng.permutation(count):
-                assert compute(at, s, item) == 0
+        for s, step in enumerate(memory.plan.records):
+            compute = kind(int(step[records.COMPUTE]))
+            for item in rng.permutation(step[records.ITEMS]):
+                assert compute(at, step.ctypes.data, int(item), scratch_at, s) == 0
         np.testing.assert_array_equal(memory.output, expected)
 
 

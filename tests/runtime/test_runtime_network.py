@@ -14,7 +14,7 @@ from models import Builder, randoms
 
 from blocksparse.format import BsrWeight, DenseWeight, NMWeight, write
 from blocksparse.runtime import load, reference
-from blocksparse.runtime.kernels import objects
+from blocksparse.runtime.kernels import loops, objects
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +115,11 @@ def test_engines(model, caplog, monkeypatch):
 
 
 def test_where_code_cannot_be_loaded_the_reference_runs(model, monkeypatch, caplog):
-    def refuse(target):
+    def refuse(symbol, text):
         raise OSError("memory cannot be made executable")
 
-    monkeypatch.setattr(objects, "loops", refuse)
+    monkeypatch.setattr(loops, "_addresses", {})
+    monkeypatch.setattr(objects, "loop_address", refuse)
     assert "memory cannot be made executable" in str(load(model).engine)
     with pytest.raises(RuntimeError, match="executable; use engine='reference'"):
         load(model, engine="compiled")

@@ -1,5 +1,7 @@
 """Features of a network and its teacher, against their definition."""
 
+from __future__ import annotations
+
 import copy
 import math
 

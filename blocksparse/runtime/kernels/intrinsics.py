@@ -48,17 +48,30 @@ def floats_at(address: int, count: int) -> Any:
 @intrinsic
 def call(typing_context: Any, address: Any, arguments: Any) -> Any:
     """``call(address, (a, b, ...))``: call a function of 64-bit integers that returns nothing."""
-    signature = types.void(address, arguments)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        target, packed = values
-        count = len(signature.args[1])
-        kind = ir.FunctionType(ir.VoidType(), [_I64] * count)
-        function = builder.inttoptr(target, kind.as_pointer())
-        builder.call(function, [builder.extract_value(packed, i) for i in range(count)])
+        _call_at(builder, signature, values, ir.VoidType())
         return context.get_dummy_value()
 
-    return signature, codegen
+    return types.void(address, arguments), codegen
+
+
+@intrinsic
+def status_of(typing_context: Any, address: Any, arguments: Any) -> Any:
+    """``status_of(address, (a, b, ...))``: call what `loop_text` compiled; return its result."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return _call_at(builder, signature, values, _I32)
+
+    return types.int32(address, arguments), codegen
+
+
+def _call_at(builder: Any, signature: Any, values: Any, returned: ir.Type) -> Any:
+    address, packed = values
+    count = len(signature.args[1])
+    kind = ir.FunctionType(returned, [_I64] * count)
+    function = builder.inttoptr(address, kind.as_pointer())
+    return builder.call(function, [builder.extract_value(packed, i) for i in range(count)])
 
 
 @intrinsic

@@ -1,9 +1,9 @@
 """Compiled kernels: built once for a machine, kept on disk, loaded in milliseconds.
 
-What is kept is plain machine code, one object file for every micro-kernel and one for the loops
-around them, so that a process which finds it needs neither Numba nor LLVM. The key covers the
-source code, the processor and the versions of the compilers, so a stale object is never loaded; a
-damaged one is compiled again.
+What is kept is plain machine code, one object file for every micro-kernel and for every loop around
+them, so that a process which finds it needs neither Numba nor LLVM. The key covers the source code,
+the processor and the versions of the compilers, so a stale object is never loaded; a damaged one is
+compiled again.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from . import elf
 from .cache import cache_folder, compiler_versions
 from .kernel import Kernel
 from .target import Target, describe, host
-
-LOOPS = "blocksparse_run"
-"""The loops around the micro-kernels, as one function: `program.run`."""
 
 _OTHER_SWITCHES = {
     "NUMBA_CACHE_DIR", "NUMBA_CPU_FEATURES", "NUMBA_CPU_NAME", "NUMBA_NUM_THREADS",
@@ -64,30 +61,28 @@ def address(kernel: Kernel, target: Target | None = None) -> int:
     return _address(kernel.name, target, text)
 
 
-def loops(target: Target) -> int:
-    """Return the address of `program.run`, compiling it where no cached object fits.
+def loop_address(symbol: str, text: Callable[[], str]) -> int:
+    """Return the address of a compiled loop, compiling it where no cached object fits.
 
     Parameters
     ----------
-    target : Target
-        The host.
+    symbol : str
+        The function's name.
+    text : callable
+        Writes it as LLVM IR, see `compiler.loop_text`. It has to follow from the source code of
+        this package.
 
     Returns
     -------
     int
-        Address of a C function; see `compiler.loop_text`.
+        Address of the function.
     """
+    return _address(symbol, host(), text)
 
-    def text() -> str:
-        _log.warning(
-            "blocksparse compiles its kernels for this processor, once: ten to twenty seconds"
-        )
-        from .compiler import loop_text
-        from .program import run
 
-        return loop_text(run, LOOPS)
-
-    return _address(LOOPS, target, text)
+def is_kept(symbol: str) -> bool:
+    """Say whether there is a cached object of a loop; `loop_address` finds out if it is whole."""
+    return _path(symbol, host(), _sources()).exists()
 
 
 def compile_text(name: str, text: str, target: Target) -> int:
@@ -114,10 +109,7 @@ def _address(name: str, target: Target, text: Callable[[], str]) -> int:
 
 
 def _load(name: str, target: Target, source: str, text: Callable[[], str]) -> int:
-    parts = (source, target.triple, target.cpu, target.features, str(target.lanes),
-             compiler_versions())  # fmt: skip
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    path = cache_folder() / f"{name}-{digest}.o"
+    path = _path(name, target, source)
     text = cache(text)  # both linkers may need an object
     if elf.SUPPORTED:
         try:
@@ -127,6 +119,13 @@ def _load(name: str, target: Target, source: str, text: Callable[[], str]) -> in
             path = path.with_suffix(".llvm.o")
     code = _object(path, name, target, text, "jitdefault")
     return _compiler(name).link(code, name, target)
+
+
+def _path(name: str, target: Target, source: str) -> Path:
+    parts = (source, target.triple, target.cpu, target.features, str(target.lanes),
+             compiler_versions())  # fmt: skip
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    return cache_folder() / f"{name}-{digest}.o"
 
 
 def _object(path: Path, name: str, target: Target, text: Callable[[], str], model: str) -> bytes:

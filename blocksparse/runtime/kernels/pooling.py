@@ -17,18 +17,8 @@ from .views import span, view, zero_beside, zero_ends
 
 
 @loop
-def pool_item(
-    memory: Any, memory_at: int, step: Any, item: int, batch: int, scratch_at: int
-) -> None:
-    """Pool one chunk of output rows, or of channels."""
-    if step[r.FAST]:
-        _pool_fast(memory, memory_at, step, item, batch)
-    else:
-        _pool_any(memory, step, item, batch, scratch_at)
-
-
-@loop
-def _pool_fast(memory: Any, memory_at: int, step: Any, item: int, batch: int) -> None:
+def fast_pool_item(memory: Any, memory_at: int, step: Any, item: int, batch: int) -> None:
+    """Pool one chunk of output rows, or of channels, with the micro-kernel."""
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     start, stop, first, last = span(step, item, b.channels, batch * b.height)
     line = first
@@ -53,7 +43,8 @@ def _pool_fast(memory: Any, memory_at: int, step: Any, item: int, batch: int) ->
 
 
 @loop
-def _pool_any(memory: Any, step: Any, item: int, batch: int, scratch_at: int) -> None:
+def pool_item(memory: Any, step: Any, item: int, batch: int, scratch_at: int) -> None:
+    """Pool one chunk of output rows, or of channels, whatever the window."""
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     kind, pad_w = step[r.KIND], step[r.PAD_W]
     kernel_h, kernel_w, stride_w = step[r.KERNEL_H], step[r.KERNEL_W], step[r.STRIDE_W]

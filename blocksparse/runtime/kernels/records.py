@@ -21,7 +21,8 @@ CHUNK = 2  # rows of all images, or channels, that one work item of a move cover
 BY_CHANNELS = 31  # whether it is channels
 SOURCE, TARGET = 32, 40  # each a `Layout`, 8 columns
 OTHER = 48  # `Layout` of the residual or second operand; base -1: none
-FIELDS = 56
+COMPUTE = 56  # address of the function that computes an item, see `items`
+FIELDS = 57
 
 
 class Layout(NamedTuple):

@@ -139,6 +139,13 @@ def _processor() -> str:
     )
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may run on, affinity masks respected."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def describe(target: Target) -> str:
     """Name a target in one line, for tables and cache folders."""
     bits = 32 * target.lanes
