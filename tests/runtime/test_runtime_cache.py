@@ -185,7 +185,7 @@ def test_what_is_kept_runs_without_the_compilers(tmp_path):
     assert said == ""
     if elf.SUPPORTED:
         assert compilers == []
-        damaged = min(tmp_path.glob("blocksparse_program-*.o"))
+        damaged = min(tmp_path.glob("blocksparse_run-*.o"))
         damaged.write_bytes(damaged.read_bytes()[:-100])
         (third, *_), said = run(tmp_path)
         assert third == first

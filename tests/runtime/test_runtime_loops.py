@@ -13,7 +13,7 @@ import pytest
 from bare import engine_of
 from models import Builder, randoms
 
-from blocksparse.runtime.kernels import items, loops, objects, records
+from blocksparse.runtime.kernels import loops, objects, records
 from blocksparse.runtime.kernels.target import host
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v1.bsr.safetensors"
@@ -38,7 +38,6 @@ def test_every_kind_of_step_has_a_loop():
     assert set(loops.ITEMS) == kinds
     names = {*loops.ITEMS.values(), *loops.FAST.values()}
     assert {*names, loops.PROGRAM} == set(loops._NAMES)
-    assert all(callable(getattr(items, name)) for name in names)
     addresses = [loops.address(name) for name in loops._NAMES]
     assert len(set(addresses)) == len(loops._NAMES)
 
@@ -101,5 +100,5 @@ def test_first_process_compiles_with_helpers_and_without(tmp_path, case):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("compiles its kernels") == 1
     kept = {path.name.split("-")[0] for path in (tmp_path / "cache").glob("blocksparse_*.o")}
-    assert kept == {f"blocksparse_{name}" for name in loops._NAMES}
+    assert kept == {f"blocksparse_{name.split('.')[1]}" for name in loops._NAMES}
     assert np.isfinite(float(done.stdout))

@@ -12,7 +12,7 @@ from typing import Any
 from . import records as r
 from .intrinsics import call
 from .loop import loop
-from .views import view
+from .views import opened, view
 
 
 @loop
@@ -35,9 +35,9 @@ def kernel_of(step: Any, width: int) -> int:
     return step[r.KERNELS + width - 1]
 
 
-@loop
-def conv_item(memory: Any, memory_at: int, step: Any, tables: Any, item: int, batch: int) -> None:
+def conv_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
     """Compute one panel of pixels for one part of the output channels."""
+    memory, memory_at, step, tables, batch = opened(call_at, step_at)
     a, b, other = view(step, r.SOURCE), view(step, r.TARGET), view(step, r.OTHER)
     panel, part = item // step[r.PARTS_COUNT], item % step[r.PARTS_COUNT]
     first = panel * step[r.PANEL]

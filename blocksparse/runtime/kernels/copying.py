@@ -6,17 +6,21 @@ One loop serves all: an output pixel (c, y, x) comes from the input pixel
 
 from __future__ import annotations
 
-from typing import Any
-
+from . import call_record as c
 from . import records as r
-from .intrinsics import call
-from .loop import loop
-from .views import span, view, zero_beside, zero_ends
+from .intrinsics import call, floats_at, integers_at
+from .views import opened, span, view, zero_beside, zero_ends
 
 
-@loop
-def copy_item(source: Any, target: Any, step: Any, tables: Any, item: int, batch: int) -> None:
-    """Copy one chunk of output rows, or of channels."""
+def copy_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
+    """Copy one chunk of output rows, or of channels, or load the input, or store the output."""
+    source, _, step, tables, batch = opened(call_at, step_at)
+    target = source
+    ends = integers_at(call_at, c.FIELDS)
+    if step[r.OP] == r.LOAD:
+        source = floats_at(ends[c.INPUT_AT], ends[c.INPUT_SIZE])
+    if step[r.OP] == r.STORE:
+        target = floats_at(ends[c.OUTPUT_AT], ends[c.OUTPUT_SIZE])
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     planes = step[r.PLANES]
     start, stop, first, last = span(step, item, b.channels, batch * b.height)
@@ -55,9 +59,9 @@ def copy_item(source: Any, target: Any, step: Any, tables: Any, item: int, batch
             target[row + high : row + b.width] = 0
 
 
-@loop
-def phases_item(memory: Any, memory_at: int, step: Any, tables: Any, item: int, batch: int) -> None:
+def phases_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
     """Split one chunk of rows, or of channels, into phase planes, for column stride 2."""
+    memory, memory_at, step, tables, batch = opened(call_at, step_at)
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     planes, scale = step[r.PLANES], step[r.SCALE + 1]
     # an item of channels has all planes of its input channels

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from . import call_record as c
 from . import records as r
+from .intrinsics import floats_at, integers_at
 from .loop import loop
-from .views import span, view, zero_beside
+from .views import opened, span, view, zero_beside
 
 NONE, RELU, RELU6, SIGMOID, HARDSIGMOID, SILU, HARDSWISH = range(7)
 
@@ -44,9 +46,11 @@ def activate(values: Any, kind: int) -> None:
             values[i] = gate if kind == HARDSIGMOID else values[i] * gate
 
 
-@loop
-def elementwise_item(memory: Any, step: Any, vectors: Any, item: int, batch: int) -> None:
+def elementwise_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
     """Compute one chunk of rows, or of channels; source and target may be the same place."""
+    memory, _, step, _, batch = opened(call_at, step_at)
+    call = integers_at(call_at, c.FIELDS)
+    vectors = floats_at(call[c.VECTORS_AT], call[c.VECTORS_SIZE])
     a, b, other = view(step, r.SOURCE), view(step, r.TARGET), view(step, r.OTHER)
     function = step[r.FUNCTION]
     start, stop, first, last = span(step, item, b.channels, batch * b.height)

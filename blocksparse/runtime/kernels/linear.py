@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from . import records as r
 from .intrinsics import call
-from .loop import loop
-from .views import view
+from .views import opened, view
 
 
-@loop
-def linear_item(memory_at: int, step: Any, tables: Any, item: int, batch: int) -> None:
+def linear_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
     """Compute one part of the output features for all images."""
+    _, memory_at, step, tables, batch = opened(call_at, step_at)
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     for tile in range(tables[step[r.PARTS] + item], tables[step[r.PARTS] + item + 1]):
         at = step[r.TILES] + tile * r.TILE_FIELDS

@@ -1,7 +1,8 @@
 """The loops around the micro-kernels: which there are, and how all get compiled.
 
 They are few, they take long to compile, and nearly every network needs most of them. So all are
-compiled when the first is asked for, by as many processes as there are cores, at most four.
+compiled when the first is asked for, each apart, by as many processes as there are cores, at most
+four.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 from . import objects
@@ -22,27 +24,32 @@ from .target import usable_cores
 
 _log = logging.getLogger(__name__)
 
-PROGRAM = "program"
-"""`program.run`, which walks the steps."""
+PROGRAM = "program.run"
+"""What walks the steps."""
 
 ITEMS = {
-    r.POOL: "pool",
-    r.WINOGRAD: "winograd",
-    r.TILES_CONV: "tiles",
-    r.CONV: "conv",
-    r.CONV_NM: "conv",
-    r.ELEMENTWISE: "elementwise",
-    r.COPY: "copy",
-    r.LOAD: "copy",
-    r.STORE: "copy",
-    r.LINEAR: "linear",
-    r.LINEAR_NM: "linear",
-    r.ADAPTIVE_POOL: "adaptive_pool",
+    r.POOL: "pooling.pool_item",
+    r.WINOGRAD: "winograd.winograd_item",
+    r.TILES_CONV: "winograd_tiles.tiles_item",
+    r.CONV: "convolution.conv_item",
+    r.CONV_NM: "convolution.conv_item",
+    r.ELEMENTWISE: "elementwise.elementwise_item",
+    r.COPY: "copying.copy_item",
+    r.LOAD: "copying.copy_item",
+    r.STORE: "copying.copy_item",
+    r.LINEAR: "linear.linear_item",
+    r.LINEAR_NM: "linear.linear_item",
+    r.ADAPTIVE_POOL: "pooling.adaptive_pool_item",
 }
-"""The function in `items` that computes a kind of step."""
+"""What computes one item of a kind of step.
 
-FAST = {r.COPY: "phases", r.POOL: "fast_pool"}
-"""The one for copies and pools that have a micro-kernel."""
+A function of this package. It takes the address of the call's record (see `call_record`), that of
+the step's record (see `records`), the number of the item, the address of this thread's scratch
+memory, and the number of the step.
+"""
+
+FAST = {r.COPY: "copying.phases_item", r.POOL: "pooling.fast_pool_item"}
+"""The same for copies and pools that have a micro-kernel."""
 
 # in the order of the time they take, so that every n-th makes equal shares
 _NAMES = (*dict.fromkeys(ITEMS.values()), *FAST.values(), PROGRAM)
@@ -83,17 +90,17 @@ def build(name: str) -> int:
     """Return the address of one loop, compiling it alone where no cached object fits."""
 
     def text() -> str:
-        from . import items, program
         from .compiler import loop_text
 
-        function = program.run if name == PROGRAM else getattr(items, name)
-        return loop_text(function, _symbol(name))
+        module, function = name.split(".")
+        loop = getattr(import_module(f".{module}", __package__), function)
+        return loop_text(loop, _symbol(name))
 
     return objects.loop_address(_symbol(name), text)
 
 
 def _symbol(name: str) -> str:
-    return f"blocksparse_{name}"
+    return f"blocksparse_{name.split('.')[1]}"
 
 
 def _compile(names: Sequence[str]) -> None:

@@ -13,12 +13,12 @@ import numpy as np
 from . import records as r
 from .intrinsics import call, floats_at
 from .loop import loop
-from .views import span, view, zero_beside, zero_ends
+from .views import opened, span, view, zero_beside, zero_ends
 
 
-@loop
-def fast_pool_item(memory: Any, memory_at: int, step: Any, item: int, batch: int) -> None:
+def fast_pool_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
     """Pool one chunk of output rows, or of channels, with the micro-kernel."""
+    memory, memory_at, step, _, batch = opened(call_at, step_at)
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     start, stop, first, last = span(step, item, b.channels, batch * b.height)
     line = first
@@ -42,9 +42,9 @@ def fast_pool_item(memory: Any, memory_at: int, step: Any, item: int, batch: int
         line += rows
 
 
-@loop
-def pool_item(memory: Any, step: Any, item: int, batch: int, scratch_at: int) -> None:
+def pool_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
     """Pool one chunk of output rows, or of channels, whatever the window."""
+    memory, _, step, _, batch = opened(call_at, step_at)
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     kind, pad_w = step[r.KIND], step[r.PAD_W]
     kernel_h, kernel_w, stride_w = step[r.KERNEL_H], step[r.KERNEL_W], step[r.STRIDE_W]
@@ -108,12 +108,12 @@ def _max_columns(line: Any, out: Any, kernel: int, stride: int, dilation: int) -
         out[x] = best
 
 
-@loop
-def adaptive_pool_item(memory: Any, step: Any, item: int, batch: int) -> None:
+def adaptive_pool_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
     """Average one chunk of channels over an adaptive grid.
 
     Window i of h spans rows floor(i * H / h) to ceil((i + 1) * H / h), as in PyTorch.
     """
+    memory, _, step, _, batch = opened(call_at, step_at)
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     start, stop, first, last = span(step, item, b.channels, batch * b.height)
     for channel in range(start, stop):

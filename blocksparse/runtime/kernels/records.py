@@ -21,7 +21,7 @@ CHUNK = 2  # rows of all images, or channels, that one work item of a move cover
 BY_CHANNELS = 31  # whether it is channels
 SOURCE, TARGET = 32, 40  # each a `Layout`, 8 columns
 OTHER = 48  # `Layout` of the residual or second operand; base -1: none
-COMPUTE = 56  # address of the function that computes an item, see `items`
+COMPUTE = 56  # address of the function that computes an item, see `loops`
 FIELDS = 57
 
 

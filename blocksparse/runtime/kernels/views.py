@@ -1,11 +1,36 @@
-"""Where values lie, as the loops read it from records, and the zeros kept beside them."""
+"""What the loops read from records: where values lie. And the zeros kept beside them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from . import call_record as c
 from . import records as r
+from .intrinsics import floats_at, integers_at
 from .loop import loop
+
+
+@loop
+def opened(call_at: int, step_at: int) -> Any:
+    """View what an item of a step works on.
+
+    Parameters
+    ----------
+    call_at : int
+        Address of the call's record, see `call_record`.
+    step_at : int
+        Address of the step's, see `records`.
+
+    Returns
+    -------
+    tuple
+        The memory of all values, its address, the step's record, the tables, the batch size.
+    """
+    call = integers_at(call_at, c.FIELDS)
+    memory = floats_at(call[c.MEMORY_AT], call[c.MEMORY_SIZE])
+    tables = integers_at(call[c.TABLES_AT], call[c.TABLES_SIZE])
+    step = integers_at(step_at, r.FIELDS)
+    return memory, call[c.MEMORY_AT], step, tables, call[c.BATCH]
 
 
 @loop

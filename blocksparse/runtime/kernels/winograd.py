@@ -18,24 +18,13 @@ from . import records as r
 from .convolution import tiles_of
 from .intrinsics import call, load_acquire, store
 from .loop import loop
-from .views import view, zero_ends
+from .views import opened, view, zero_ends
 from .winograd_matrices import OUTPUTS, PLANES
 
 
-@loop
-def winograd_item(
-    memory: Any, memory_at: int, step: Any, tables: Any, item: int, batch: int, scratch_at: int,
-    tag: int,
-) -> None:  # fmt: skip
-    """Compute one band of tile rows for one part of the output channels.
-
-    Parameters
-    ----------
-    scratch_at : int
-        Address of this thread's scratch memory.
-    tag : int
-        Number of the step in this call.
-    """
+def winograd_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
+    """Compute one band of tile rows for one part of the output channels."""
+    memory, memory_at, step, tables, batch = opened(call_at, step_at)
     b = view(step, r.TARGET)
     band, part = item // step[r.PARTS_COUNT], item % step[r.PARTS_COUNT]
     first = band * step[r.BAND]

@@ -12,19 +12,13 @@ from typing import Any
 from . import records as r
 from .intrinsics import call, load_acquire, store
 from .loop import loop
-from .views import view, zero_ends
+from .views import opened, view, zero_ends
 from .winograd_matrices import OUTPUTS, PLANES
 
 
-@loop
-def tiles_item(
-    memory: Any, memory_at: int, step: Any, tables: Any, item: int, batch: int, scratch_at: int,
-    tag: int,
-) -> None:  # fmt: skip
-    """Compute one band of units for one part of the output channels.
-
-    The parameters are those of `winograd.winograd_item`.
-    """
+def tiles_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
+    """Compute one band of units for one part of the output channels."""
+    memory, memory_at, step, tables, batch = opened(call_at, step_at)
     band, part = item // step[r.PARTS_COUNT], item % step[r.PARTS_COUNT]
     first = band * step[r.BAND]
     last = min(step[r.TILE_ROWS_ALL], first + step[r.BAND])
