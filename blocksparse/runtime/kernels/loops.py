@@ -132,13 +132,14 @@ def _has_python() -> bool:
 
 
 def _start(names: Sequence[str]) -> subprocess.Popen[bytes]:
-    command = "import sys; from blocksparse.runtime.kernels.loops import build"
-    command += "; [build(name) for name in sys.argv[1:]]"
-    root = Path(__file__).resolve().parents[3]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    """Start a process that compiles some loops with this very package."""
+    command = (
+        "import sys; root, *names = sys.argv[1:]; root in sys.path or sys.path.insert(0, root); "
+        "from blocksparse.runtime.kernels.loops import build; [build(name) for name in names]"
+    )
+    root = str(Path(__file__).resolve().parents[3])
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", command, *names],
-        env={**os.environ, "PYTHONPATH": path},
+        [sys.executable, "-P", "-c", command, root, *names],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -81,8 +81,8 @@ def loop_address(symbol: str, text: Callable[[], str]) -> int:
 
 
 def is_kept(symbol: str) -> bool:
-    """Say whether there is a cached object of a loop; `loop_address` finds out if it is whole."""
-    return _path(symbol, host(), _sources()).exists()
+    """Say whether there is a cached object of a loop, undamaged."""
+    return _read(_path(symbol, host(), _sources())) is not None
 
 
 def compile_text(name: str, text: str, target: Target) -> int:
