@@ -259,7 +259,7 @@ def test_teacher_has_the_order_of_the_permuted_network(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_permuted_run_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
-    permuted = ["permutation=greedy", "dense.epochs=1"]
+    permuted = ["permutation=greedy", "dense.epochs=1", "distillation.features=1"]
     folder = RunFolder(tmp_path / "whole")
     report = run(configuration(*permuted), folder)
     gain = json.loads((folder.path / "permutation.json").read_text())

@@ -155,7 +155,8 @@ class _Job:
             return network.eval(), plan
         if is_set(self.cfg.permutation):
             self._permute(network)  # a resumed fit puts its own weights over these, in this order
-            teacher = copy.deepcopy(network)  # its features have the order of the student's
+            if is_set(self.cfg.distillation) and self.cfg.distillation.get("features"):
+                teacher = copy.deepcopy(network)  # features are compared channel by channel
         callback, resume = self.pruning, self._last("sparse")
         if is_set(self.cfg.calibration) and resume is None:
             prune_one_shot(self.cfg, network, self.data, callback, self.folder)

@@ -31,8 +31,9 @@ class Distillation:
     weight : float
         Share of the teacher's logits in the loss, 0..1.
     features : float
-        Weight of the feature maps' error, from 0, which ignores them. The error is small, 0.2 when
-        a network has mended itself halfway, so a good weight is large.
+        Weight of the feature maps' error, from 0, which ignores them. The error is a small number,
+        so a useful weight is large. The teacher's maps of a batch, and their differences from the
+        student's, stay in memory until the backward pass.
     """
 
     temperature: float = 4.0

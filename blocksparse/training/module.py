@@ -189,7 +189,7 @@ class Classifier(LightningModule):
             raise WeightsError(
                 "the checkpoint was written while distilling from another teacher (fingerprint "
                 f"{wanted[:12]}, this one has {fingerprint(self._teacher[0])[:12]}): give the "
-                "dense checkpoint that the training began with"
+                "dense checkpoint that the training began with, its channels in the same order"
             )
 
     def _recorded(self, network: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:

@@ -116,6 +116,15 @@ def test_without_compilers_and_kernels_the_reference_runs(tmp_path):
     assert "running in NumPy, slowly" in said
 
 
+def test_without_numba_nothing_is_announced(tmp_path):
+    """LLVM is there, and says which processor this is; Numba is not."""
+    without = WITHOUT_COMPILERS.replace('("numba", "llvmlite")', '("numba",)')
+    printed, said = run(tmp_path, without + FALLING_BACK)
+    assert printed[:2] == ["reference", "engine:"]
+    assert "Numba cannot be imported" in " ".join(printed)
+    assert "compiles its kernels" not in said
+
+
 def test_the_interpreter_may_end_while_kernels_run():
     """Modules are taken apart then; the code must not be, under a thread that still runs it."""
     assert run(cache_folder(), ENDING) == ([], "")

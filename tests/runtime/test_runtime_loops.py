@@ -42,25 +42,50 @@ def test_every_kind_of_step_has_a_loop():
     assert len(set(addresses)) == len(loops._NAMES)
 
 
-def test_an_error_in_an_item_is_told():
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_in_an_item_is_told(threads):
     b = Builder((8, 6, 6))
     b.linear(b.node("flatten", b.conv("x", 8)), 3)
     engine = engine_of(b.model())
     x = randoms(1, 8, 6, 6)
-    engine.run(x, 1)
+    engine.run(x, threads)
     record = engine._ready[1].plan.records[1]
     record[records.COMPUTE] = objects.compile_text("fail", FAIL, host())
-    with pytest.raises(RuntimeError, match="stopped at an error"):
-        engine.run(x, 1)
+    for _ in range(20):  # whichever thread takes the item
+        with pytest.raises(RuntimeError, match="stopped at an error"):
+            engine.run(x, threads)
 
 
-@pytest.mark.parametrize("cores", [1, 2, 3, 64])
-def test_processes_share_what_is_missing(monkeypatch, cores):
+def test_a_helper_compiles_and_keeps_what_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # no checkout there
+    name = loops.ITEMS[records.LINEAR]
+    assert loops._start([name]).wait() == 0
+    (path,) = tmp_path.glob("*.o")
+    assert path == objects._path("blocksparse_linear_item", host(), objects._sources())
+    assert objects.is_kept("blocksparse_linear_item")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not objects.is_kept("blocksparse_linear_item")
+
+
+def test_nothing_is_shared_where_nothing_can_be_kept(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for folder, wanted in ((tmp_path / "file", False), (tmp_path / "new" / "folder", True)):
+        monkeypatch.setenv("BLOCKSPARSE_CACHE", str(folder))
+        assert loops._can_share() == wanted
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("cores", "mebibytes", "processes"),
+    [(1, 8192, 1), (2, 8192, 2), (3, 8192, 3), (64, 8192, 4), (64, 1024, 2), (2, 100, 1)],
+)
+def test_processes_share_what_is_missing(monkeypatch, cores, mebibytes, processes):
     shares = [[]]
 
     class Helper:
         def wait(self):
-            """It is done."""
+            return 0
 
         def kill(self):
             """It is done."""
@@ -72,9 +97,10 @@ def test_processes_share_what_is_missing(monkeypatch, cores):
     monkeypatch.setattr(loops, "usable_cores", lambda: cores)
     monkeypatch.setattr(loops, "_start", start)
     monkeypatch.setattr(loops, "build", shares[0].append)
+    monkeypatch.setattr(loops, "memory_limit", lambda: mebibytes * 2**20)
     loops._compile(loops._NAMES)
     assert sorted(chain.from_iterable(shares)) == sorted(loops._NAMES)
-    assert len(shares) == min(cores, 4)
+    assert len(shares) == processes
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 

@@ -114,7 +114,22 @@ def test_heads_of_training_alone_do_not_count():
     images = torch.randn(2, 3, 64, 64)
     ours, theirs = recorded(student, images), recorded(teacher, images)
     assert set(ours) - set(theirs) == {"aux1.conv.conv", "aux2.conv.conv"}
-    assert 0 < float(feature_error(ours, theirs).detach()) < math.inf
+    error = feature_error(ours, theirs)
+    assert 0 < float(error.detach()) < math.inf
+    error.backward()  # through activations that work in place
+    assert float(student.conv1.conv.weight.grad.abs().sum()) > 0
+
+
+def test_a_convolution_called_by_keyword_is_recorded():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x):
+            return self.conv(input=x)
+
+    assert recorded(Named(), IMAGES)["conv"] is IMAGES
 
 
 class Losses(pl.Callback):
@@ -128,7 +143,7 @@ class Losses(pl.Callback):
         self.logged = trainer.logged_metrics.get("train/feature_error")
 
 
-def first_loss(weight: float) -> tuple[float, float | None, torch.Tensor]:
+def first_loss(weight: float, **options) -> tuple[float, float | None, torch.Tensor]:
     losses = Losses()
     trainer = pl.Trainer(
         max_steps=1,
@@ -139,6 +154,7 @@ def first_loss(weight: float) -> tuple[float, float | None, torch.Tensor]:
         enable_model_summary=False,
         limit_val_batches=0,
         callbacks=[losses],
+        **options,
     )
     module = Classifier(network(), distillation=Distillation(features=weight), teacher=network(1))
     trainer.fit(module, datamodule=Digits(batch_size=8))
@@ -176,6 +192,13 @@ def test_half_precision_keeps_its_type():
     assert error.dtype == torch.float32
     error.backward()
     assert student["conv"].grad.dtype == torch.bfloat16
+
+
+def test_mixed_precision():
+    loss, error, _ = first_loss(5.0, precision="bf16-mixed")
+    wanted, _, _ = first_loss(5.0)
+    assert error is not None
+    assert loss == pytest.approx(wanted, rel=0.05)
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])

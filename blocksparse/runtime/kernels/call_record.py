@@ -27,7 +27,7 @@ LINE = 8
 """int64 values of a cache line; every counter has one of its own."""
 
 GATE = 2 * LINE
-"""int64 values before the counters: the gate, and how many helpers have left through it."""
+"""int64 values before the counters: the gate; how many helpers have left, and if an item failed."""
 
 SHUT = 1 << 31
 """Bit of the gate. Below it, the helpers that entered; above it, the number of the call."""

@@ -17,6 +17,9 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
+from blocksparse.whole_file import write_whole_bytes
+
+from ..caches import memory_limit
 from . import objects
 from . import records as r
 from .cache import cache_folder
@@ -51,10 +54,12 @@ memory, and the number of the step.
 FAST = {r.COPY: "copying.phases_item", r.POOL: "pooling.fast_pool_item"}
 """The same for copies and pools that have a micro-kernel."""
 
-# in the order of the time they take, so that every n-th makes equal shares
+# in the order of the time they take, from 3 s to 0.4, so that every n-th makes equal shares
 _NAMES = (*dict.fromkeys(ITEMS.values()), *FAST.values(), PROGRAM)
 
+# more would wait for the first loop, which takes a fifth of all; and each wants its memory
 _PROCESSES = 4
+_PROCESS_BYTES = 2**29
 
 _lock = threading.Lock()
 _addresses: dict[str, int] = {}
@@ -77,6 +82,7 @@ def address(name: str) -> int:
         if not _addresses:
             missing = [name for name in _NAMES if not objects.is_kept(_symbol(name))]
             if missing:
+                objects.import_compiler(PROGRAM)  # if there is none, that is all there is to say
                 _log.warning(
                     "blocksparse compiles its kernels for this processor, once: ten to twenty "
                     "seconds, less with many cores"
@@ -87,7 +93,18 @@ def address(name: str) -> int:
 
 
 def build(name: str) -> int:
-    """Return the address of one loop, compiling it alone where no cached object fits."""
+    """Return the address of one loop, compiling it alone where no cached object fits.
+
+    Parameters
+    ----------
+    name : str
+        As for `address`.
+
+    Returns
+    -------
+    int
+        Address of a C function.
+    """
 
     def text() -> str:
         from .compiler import loop_text
@@ -108,7 +125,8 @@ def _compile(names: Sequence[str]) -> None:
 
     What a helper cannot do, or that there is none, is made up for by whoever needs the loop.
     """
-    processes = min(usable_cores(), _PROCESSES, len(names)) if _has_python() else 1
+    room = max(1, memory_limit() // _PROCESS_BYTES)
+    processes = min(usable_cores(), _PROCESSES, len(names), room) if _can_share() else 1
     helpers: list[subprocess.Popen[bytes]] = []
     try:
         with suppress(OSError):
@@ -116,19 +134,24 @@ def _compile(names: Sequence[str]) -> None:
         for name in names[::processes]:
             build(name)
         for helper in helpers:
-            helper.wait()
+            if helper.wait() != 0:
+                _log.info("a process that was to compile kernels ended with %d", helper.returncode)
     finally:
         for helper in helpers:
             helper.kill()
 
 
-def _has_python() -> bool:
-    """Whether a Python can be started that writes to the cache folder."""
-    frozen = getattr(sys, "frozen", False) or "python" not in Path(sys.executable or "").name
-    folder = cache_folder()
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return not frozen and os.access(folder, os.W_OK)
+def _can_share() -> bool:
+    """Whether a Python can be started, and what it writes to the cache folder be found."""
+    if getattr(sys, "frozen", False) or "python" not in Path(sys.executable or "").name:
+        return False
+    probe = cache_folder() / f"probe-{os.getpid()}"
+    try:
+        write_whole_bytes(probe, b"")
+        probe.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def _start(names: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -139,7 +162,7 @@ def _start(names: Sequence[str]) -> subprocess.Popen[bytes]:
     )
     root = str(Path(__file__).resolve().parents[3])
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", command, root, *names],
+        [sys.executable, "-I" if sys.flags.isolated else "-P", "-c", command, root, *names],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

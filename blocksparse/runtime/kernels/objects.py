@@ -34,6 +34,7 @@ _OTHER_SWITCHES = {
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _addresses: dict[tuple[str, Target], int] = {}
+_unwritable: set[Path] = set()  # folders of which that was said
 
 
 def address(kernel: Kernel, target: Target | None = None) -> int:
@@ -81,7 +82,13 @@ def loop_address(symbol: str, text: Callable[[], str]) -> int:
 
 
 def is_kept(symbol: str) -> bool:
-    """Say whether there is a cached object of a loop, undamaged."""
+    """Say whether there is a cached object of a loop, undamaged.
+
+    Parameters
+    ----------
+    symbol : str
+        The function's name.
+    """
     return _read(_path(symbol, host(), _sources())) is not None
 
 
@@ -118,7 +125,7 @@ def _load(name: str, target: Target, source: str, text: Callable[[], str]) -> in
             _log.info("%s is linked by LLVM: %s", name, error)
             path = path.with_suffix(".llvm.o")
     code = _object(path, name, target, text, "jitdefault")
-    return _compiler(name).link(code, name, target)
+    return import_compiler(name).link(code, name, target)
 
 
 def _path(name: str, target: Target, source: str) -> Path:
@@ -132,14 +139,26 @@ def _object(path: Path, name: str, target: Target, text: Callable[[], str], mode
     """Read the object kept at `path`, or compile it for a code model and keep it."""
     code = _read(path)
     if code is None:
-        compiler = _compiler(name)
+        compiler = import_compiler(name)
         code = compiler.emit(text(), target, model)
         _log.info("compiled %s for %s (once on this machine)", name, describe(target))
         _save(path, code)
     return code
 
 
-def _compiler(name: str) -> ModuleType:
+def import_compiler(name: str) -> ModuleType:
+    """Import `compiler`, and with it Numba and LLVM.
+
+    Parameters
+    ----------
+    name : str
+        What is to be compiled, for the error.
+
+    Raises
+    ------
+    RuntimeError
+        If they cannot be imported.
+    """
     try:
         from . import compiler
     except ImportError as error:
@@ -167,6 +186,9 @@ def _save(path: Path, code: bytes) -> None:
     try:
         write_whole_bytes(path, hashlib.sha256(code).digest() + code)
     except OSError as error:
+        if path.parent in _unwritable:
+            return
+        _unwritable.add(path.parent)
         _log.warning(
             "compiled kernels are not kept, every process compiles them again: cannot write %s "
             "(%s); set BLOCKSPARSE_CACHE to a folder that can be written",

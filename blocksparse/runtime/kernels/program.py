@@ -61,6 +61,8 @@ def run(record_at: int, thread: int, number: int) -> None:
     own = integers_at(record_at + 8 * (c.FIELDS + thread * c.OWN_FIELDS), c.OWN_FIELDS)
     scratch_at = own[c.SCRATCH_AT]
     times = integers_at(own[c.TIMES_AT], 2 * call[c.TIMES_ROWS])
+    left = gate + 8 * c.LINE
+    failed = left + 8
     counters_at = gate + 8 * c.GATE
     timed = times.size > 0
     store(scratch_at, -1)  # it holds nothing of this call yet
@@ -81,14 +83,14 @@ def run(record_at: int, thread: int, number: int) -> None:
                 if item >= end:
                     break
                 if status_of(step[r.COMPUTE], (record_at, step_at, item, scratch_at, s)) != 0:
-                    raise RuntimeError
+                    # it counts as done, or the others would wait for it
+                    store(failed, 1)
                 fetch_add(finished, 1)
         if timed:
             times[2 * s + 2] = now()
         _wait(finished, items)
         if timed:
             times[2 * s + 3] = now()
-    left = gate + 8 * c.LINE
     if thread > 0:
         fetch_add(left, 1)
         # Back in Python this thread takes the interpreter's lock. The caller wants it now.
@@ -97,6 +99,8 @@ def run(record_at: int, thread: int, number: int) -> None:
     else:
         entered = fetch_add(gate, c.SHUT) & (c.SHUT - 1)
         _wait(left, entered)  # they are past their last item
+        if load_acquire(failed) != 0:
+            raise RuntimeError
 
 
 @loop

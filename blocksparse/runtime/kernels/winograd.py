@@ -23,7 +23,7 @@ from .winograd_matrices import OUTPUTS, PLANES
 
 
 def winograd_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
-    """Compute one band of tile rows for one part of the output channels."""
+    """Compute one band of tile rows for one part of the output channels; see `loops.ITEMS`."""
     memory, memory_at, step, tables, batch = opened(call_at, step_at)
     b = view(step, r.TARGET)
     band, part = item // step[r.PARTS_COUNT], item % step[r.PARTS_COUNT]
