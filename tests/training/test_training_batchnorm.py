@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import googlenet
+from trainers import quiet_trainer
 
 from blocksparse.training import (
     BatchNormReestimation,
@@ -126,14 +127,9 @@ def fit(callback: pl.Callback, **options):
     torch.manual_seed(0)
     module = Classifier(ResNetCifar(1, 10, 1, (4, 4, 4)))
     spy = Statistics()
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         **{"max_epochs": 2, **options},
         limit_train_batches=3,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[callback, spy],
     )
     data = Digits(batch_size=16)
@@ -167,13 +163,8 @@ def test_callback_without_a_last_validation(options):
 
 def test_callback_needs_a_data_module():
     module = Classifier(ResNetCifar(1, 10, 1, (4, 4, 4)))
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         max_steps=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[BatchNormReestimation()],
     )
     with pytest.raises(ValueError, match="statistics_dataloader"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import googlenet
+from trainers import quiet_trainer
 
 from blocksparse.training import Classifier, Digits, Distillation, ResNetCifar
 from blocksparse.training.features import feature_error, recorded_features
@@ -145,13 +146,8 @@ class Losses(pl.Callback):
 
 def first_loss(weight: float, **options) -> tuple[float, float | None, torch.Tensor]:
     losses = Losses()
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         max_steps=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         limit_val_batches=0,
         callbacks=[losses],
         **options,

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torchvision.models import googlenet
+from trainers import quiet_trainer
 
 from blocksparse.training import (
     Classifier,
@@ -32,13 +33,8 @@ def network(seed: int = 0) -> ResNetCifar:
 
 def trainer(**options) -> pl.Trainer:
     settings = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 2}
-    return pl.Trainer(
+    return quiet_trainer(
         **{**settings, **options},
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
 
 

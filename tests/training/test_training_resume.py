@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from trainers import quiet_trainer
 
 from blocksparse.training import (
     BatchNormReestimation,
@@ -70,15 +71,10 @@ def fit(ckpt_path: Path | None = None, save_to: Path | None = None, workers: int
     if not ckpt_path:
         module.model.load_state_dict(network(0).state_dict())
     callbacks: list[pl.Callback] = [BatchNormReestimation(num_batches=3)]
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         **{"max_epochs": EPOCHS, **options},
         limit_train_batches=BATCHES,
         limit_val_batches=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=callbacks + ([SaveEverywhere(save_to)] if save_to else []),
     )
     data = Digits(batch_size=16, val_batch_size=64, num_workers=workers, seed=3)

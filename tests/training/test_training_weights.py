@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from trainers import quiet_trainer
 
 from blocksparse.training import (
     Classifier,
@@ -68,13 +69,8 @@ def test_safetensors_file(tmp_path):
 
 def test_lightning_checkpoint(tmp_path):
     module = Classifier(network())
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         max_steps=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         limit_val_batches=0,
     )
     trainer.fit(module, datamodule=Digits(batch_size=8))
