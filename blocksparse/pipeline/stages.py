@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from torch import nn
 
+from blocksparse.pipeline.console import say
 from blocksparse.pipeline.folders import RunFolder
 from blocksparse.pipeline.progress import StageProgress
 from blocksparse.pipeline.setup import build, is_set
@@ -73,6 +74,7 @@ class Stage:
         # Each stage starts from its own seed, so that a resumed or skipped first stage does not
         # change the second.
         pl.seed_everything(self.cfg.seed, workers=True, verbose=False)
+        compile_steps = self.cfg.get("compile_steps", False)  # older runs that go on do not know it
         distil = teacher is not None and is_set(self.cfg.distillation)
         module = Classifier(
             network,
@@ -81,10 +83,13 @@ class Stage:
             distillation=build(self.cfg.distillation) if distil else None,
             teacher=teacher if distil else None,
             channels_last=self.cfg.channels_last,
+            compile_steps=compile_steps,
             seed=self.cfg.seed,
         )
         module.train()  # what was just evaluated is not in training mode
         trainer = self._trainer([*callbacks, *self._callbacks()])
+        if compile_steps:
+            say("the first step compiles the network, which may take some minutes")
         _log.info("stage %s%s", self.name, f" from {resume}" if resume else "")
         trainer.fit(module, datamodule=data, ckpt_path=resume)
         network.cpu().eval()

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from blocksparse.training.compilation import CompiledNetwork
 from blocksparse.training.data.order import stream_seed
 from blocksparse.training.distillation import Distillation
 from blocksparse.training.features import feature_error, recorded_features
@@ -55,6 +56,9 @@ class Classifier(LightningModule):
     channels_last : bool
         Keep the network and the images channels innermost in memory, which convolutions on CPUs and
         GPUs often prefer.
+    compile_steps : bool
+        Run network and teacher through `torch.compile` in training steps. Validation runs the
+        network as it is.
     seed : int
         Seed of the random numbers within training steps.
     """
@@ -68,6 +72,7 @@ class Classifier(LightningModule):
         distillation: Distillation | None = None,
         teacher: nn.Module | None = None,
         channels_last: bool = False,
+        compile_steps: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -77,6 +82,11 @@ class Classifier(LightningModule):
             raise ValueError(
                 "distillation is on but there is no teacher: give the dense network, or set "
                 "distillation to null"
+            )
+        if compile_steps and distillation is not None and distillation.features:
+            raise ValueError(
+                "a compiled network does not show its feature maps: set compile_steps=false, or "
+                "distillation.features=0"
             )
         # Lightning leaves modes as they are: a network just evaluated would be trained with
         # its batch norms frozen and without dropout.
@@ -91,6 +101,11 @@ class Classifier(LightningModule):
         self._teacher: tuple[nn.Module, ...] = (
             (teacher.eval(),) if teacher is not None and distillation is not None else ()
         )
+        self._compiled = (
+            {network: CompiledNetwork(network) for network in (self.model, *self._teacher)}
+            if compile_steps
+            else {}
+        )
         self._gradients: dict[str, Tensor] = {}
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -101,14 +116,14 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch of images and labels."""
-        images, labels = batch
+        images, labels = self._arrange(batch[0]), batch[1]
         with self._recorded(self.model) as features:
-            logits, auxiliary = _unpack(self(images))
+            logits, auxiliary = _unpack(self._step_through(self.model, images))
         loss = self._cross_entropy(logits, labels)
         if self._teacher and self.distillation is not None:
             teacher = self._teacher[0]
             with torch.no_grad(), self._recorded(teacher) as wanted_features:
-                wanted = teacher(self._arrange(images))
+                wanted = self._step_through(teacher, images)
             loss = self.distillation.mix(loss, logits, wanted)
             if self.distillation.features:
                 error = feature_error(features, wanted_features)
@@ -191,6 +206,10 @@ class Classifier(LightningModule):
                 f"{wanted[:12]}, this one has {fingerprint(self._teacher[0])[:12]}): give the "
                 "dense checkpoint that the training began with, its channels in the same order"
             )
+
+    def _step_through(self, network: nn.Module, images: Tensor) -> Any:
+        """Run the network or its teacher in a training step."""
+        return self._compiled.get(network, network)(images)
 
     def _recorded(self, network: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
         """Record features within the context, if anybody is going to compare them."""
