@@ -7,11 +7,11 @@ from itertools import islice
 
 import torch
 from omegaconf import DictConfig
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from blocksparse.pipeline.console import console, say
 from blocksparse.pipeline.folders import RunFolder
+from blocksparse.pipeline.progress import Steps
 from blocksparse.pipeline.setup import build
 from blocksparse.sparsity import OptimalBrainSurgeon, plan_table, save_plan
 from blocksparse.training import ImageData
@@ -55,25 +55,9 @@ def prune_one_shot(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval()
     images = _images(data, surgeon.images)
-    bar = Progress(
-        TextColumn("pruning", style="bold"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[layer]}", style="cyan"),
-        TimeElapsedColumn(),
-        console=console,
-        expand=True,
-        disable=not console.is_terminal,
-    )
     started = time.perf_counter()
-    with bar:
-        task = bar.add_task("pruning", layer="")
-
-        def report(done: int, layers: int, name: str) -> None:
-            bar.update(task, completed=done, total=layers, layer=name)
-
-        pruning.adopt(surgeon.prune(network, plan, images.to(device), report))
-        bar.update(task, completed=len(plan.pruned), layer="")
+    with Steps("pruning", len(plan.pruned)) as bar:
+        pruning.adopt(surgeon.prune(network, plan, images.to(device), bar.step))
     network.cpu()
     seconds = time.perf_counter() - started
     say(

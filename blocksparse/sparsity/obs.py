@@ -29,7 +29,7 @@ from blocksparse.sparsity.masked import MaskedWeights
 from blocksparse.sparsity.masks import pack_mask, plan_masks
 from blocksparse.sparsity.plan import LayerPlan, Plan
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class OptimalBrainSurgeon:
         images : Tensor
             float32 [N, C, H, W], normalised as the network takes them, on its device.
         progress : callable, optional
-            Called before each layer with the layers done, the layers in all, and its name.
+            Called with the name of each layer when it is done, once for each of ``plan.pruned``.
 
         Returns
         -------
@@ -104,10 +104,10 @@ class OptimalBrainSurgeon:
         masks: dict[str, Tensor] = {}
 
         def visit(name: str, module: nn.Module, moments: Moments) -> None:
-            if progress is not None:
-                progress(len(masks), len(layers), name)
             layer = replace(layers[name], zeros=zeros[name])
             masks[name] = self._prune_layer(module, layer, plan, moments, influence[name])
+            if progress is not None:
+                progress(name)
 
         run_beside(network, images, list(layers), visit)
         masked = MaskedWeights(plan)
