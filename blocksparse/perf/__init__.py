@@ -12,7 +12,7 @@ from blocksparse.perf.cost import NodeCost, TotalCost, cost, total
 from blocksparse.perf.machine import Machine, describe_machine
 from blocksparse.perf.measure import machine_ceilings
 from blocksparse.perf.timing import Timing, interleave
-from blocksparse.runtime.kernels.target import usable_cores
+from blocksparse.runtime.limits import usable_cores
 
 __all__ = [
     "Ceilings",

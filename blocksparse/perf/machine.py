@@ -11,7 +11,7 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-from blocksparse.runtime.kernels.target import usable_cores
+from blocksparse.runtime.limits import usable_cores
 
 # Features that decide how fast float kernels can be; the rest is left out.
 TELLING = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bf16", "avx512vnni", "neon", "sve")

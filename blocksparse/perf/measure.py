@@ -27,11 +27,12 @@ from blocksparse.perf import probes
 from blocksparse.perf.ceilings import MEMORY, Ceiling, Ceilings
 from blocksparse.perf.machine import describe_machine
 from blocksparse.perf.timing import Timing, interleave
-from blocksparse.runtime.caches import Cache, memory_limit, system_caches, usual_caches
+from blocksparse.runtime.caches import Cache, system_caches, usual_caches
 from blocksparse.runtime.helpers import Helpers
 from blocksparse.runtime.kernels.cache import cache_folder
 from blocksparse.runtime.kernels.objects import compile_text
-from blocksparse.runtime.kernels.target import Target, host, usable_cores
+from blocksparse.runtime.kernels.target import Target, host
+from blocksparse.runtime.limits import memory_limit, usable_cores
 from blocksparse.whole_file import write_whole
 
 ROUNDS = 9

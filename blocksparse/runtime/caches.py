@@ -84,22 +84,6 @@ def second_level() -> int:
     return next((cache.bytes for cache in known if cache.level == 2), KIB**2)
 
 
-def memory_limit() -> int:
-    """Return the bytes of memory of the machine, or of the container where that has fewer."""
-    limits = []
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups, version 2 and 1
-        try:
-            text = (Path("/sys/fs/cgroup") / name).read_text(encoding="ascii")
-            limits.append(int(text))
-        except (OSError, ValueError):  # "max": no limit
-            continue
-    try:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        limits.append(4 * KIB**3)
-    return min(limits)
-
-
 def _listed(text: str) -> set[int]:
     """Processors of a list such as ``0-3,8``."""
     numbers: set[int] = set()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from blocksparse.format import Model, check_model, read
 from blocksparse.runtime import reference
 from blocksparse.runtime.explain import Explanation, LayerChoice
-from blocksparse.runtime.kernels.target import usable_cores
+from blocksparse.runtime.limits import usable_cores
 
 _log = logging.getLogger(__name__)
 

@@ -19,11 +19,10 @@ from pathlib import Path
 
 from blocksparse.whole_file import write_whole_bytes
 
-from ..caches import memory_limit
+from ..limits import memory_limit, usable_cores
 from . import objects
 from . import records as r
 from .cache import cache_folder
-from .target import usable_cores
 
 _log = logging.getLogger(__name__)
 

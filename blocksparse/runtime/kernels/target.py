@@ -139,19 +139,6 @@ def _processor() -> str:
     )
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may run on, affinity masks respected.
-
-    Returns
-    -------
-    int
-        At least 1. Quotas of processor time, as containers have, are not looked at.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def describe(target: Target) -> str:
     """Name a target in one line, for tables and cache folders."""
     bits = 32 * target.lanes
