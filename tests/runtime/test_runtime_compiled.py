@@ -109,6 +109,18 @@ def test_grouped_convolution(groups, stride):
     assert_agrees(b.model())
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("image", [(3, 2), (9, 5), (30, 17)], ids=str)
+def test_depthwise_convolution(image, stride):
+    """From less than one vector to more than the widest tile, and what is left over."""
+    b = Builder((6, *image))
+    options = {"groups": 6, "stride": (stride, stride)}
+    side = b.conv("x", 6, activation="none", **options)
+    x = b.conv("x", 6, activation="relu6", residual=side, seed=1, **options)
+    b.conv(x, 5, activation="none")  # sees the padding
+    assert_agrees(b.model())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("features", [(40, 32), (37, 19), (1, 1)], ids=str)
 def test_linear(layout, features):

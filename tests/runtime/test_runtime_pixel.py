@@ -29,7 +29,7 @@ def integers(rng, *shape):
 
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("lanes", LANES)
-@pytest.mark.parametrize(("rows", "columns", "width"), [(8, 8, 3), (4, 4, 2), (3, 5, 1)])
+@pytest.mark.parametrize(("rows", "columns", "width"), [(8, 8, 3), (4, 4, 2), (3, 5, 1), (1, 1, 8)])
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_sparse_conv(lanes, rows, columns, width, steps, with_residual):
     """Three tiles side by side, of more rows than the kernel computes at once and of fewer."""

@@ -18,7 +18,7 @@ from .views import opened, view
 @loop
 def tiles_of(step: Any, left: int) -> tuple[int, int]:
     """Vectors of the next register tiles when `left` vectors remain, and how many such tiles."""
-    if step[r.OP] == r.CONV_NM:  # widths 1, 2, 4, 8
+    if step[r.WIDEST] == r.DOUBLING:
         width = 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
         return width, left // width
     # as few tiles as will do, about equally wide: 2 + 2 rather than 3 + 1
@@ -30,7 +30,7 @@ def tiles_of(step: Any, left: int) -> tuple[int, int]:
 @loop
 def kernel_of(step: Any, width: int) -> int:
     """Address of the micro-kernel of a width."""
-    if step[r.OP] == r.CONV_NM:
+    if step[r.WIDEST] == r.DOUBLING:
         return step[r.KERNELS + (3 if width == 8 else width // 2)]
     return step[r.KERNELS + width - 1]
 

@@ -65,12 +65,13 @@ SCALE, SHIFT = 3, 6  # channel, row, column each
 PLANES, PLANE_SHIFTS = 9, 10  # PLANE_SHIFTS: place of (row, column) shifts in the tables
 
 # Convolutions and linear layers
-KERNELS = 3  # addresses, by width 1, 2, 3 (CONV), 1, 2, 4, 8 (CONV_NM), 1, 2, 4 (LINEAR)
+KERNELS = 3  # addresses, by width 1, 2, 3 (CONV), 1, 2, 4, 8 (DOUBLING), 1, 2, 4 (LINEAR)
 VECTORS, PANEL = 7, 8  # vectors of a channel, and of one panel
 TILES, PARTS = 9, 10  # place of the row tiles and of the part boundaries in the tables
 PARTS_COUNT = 11
 BIAS, BOUNDS, MASK, LANES = 13, 14, 15, 16
 WIDEST = 31  # vectors of the largest register tile
+DOUBLING = 8  # with this one as the widest there are tiles of 1, 2, 4 and 8: CONV_NM, single rows
 
 # Winograd convolutions, besides KERNELS, LANES, TILES, PARTS, BIAS and BOUNDS; distances in floats
 TILE_ROWS_ALL, BAND, TILE_ROWS_IMAGE = 7, 8, 12  # tile rows: of the batch, of a band, of an image
