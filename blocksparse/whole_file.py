@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["write_whole", "write_whole_bytes"]
+__all__ = ["draft_of", "write_whole", "write_whole_bytes"]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -22,11 +24,21 @@ def write_whole_bytes(path: Path, content: bytes) -> None:
     OSError
         Where it cannot be written; nothing is left then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # other processes and threads may write the same file
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
+    with draft_of(path) as draft:
         draft.write_bytes(content)
+
+
+@contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """Give a place beside a file's to write it to; rename it into its own if that went well.
+
+    Its folder is made if need be. After an error nothing is left, and the file is what it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # other processes and threads may write the same file; the ending says what is written
+    draft = path.with_name(f".{os.getpid()}.{threading.get_ident()}.{path.name}")
+    try:
+        yield draft
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

@@ -240,6 +240,26 @@ def test_given_weights_replace_the_dense_training(
         assert torch.equal(value, weights(whole[0], "sparse")[name]), name
 
 
+def test_an_interrupted_second_pruning_is_gone_on_with(
+    whole: tuple[RunFolder, Report], tmp_path: Path
+) -> None:
+    """And the weights it all began with may be gone by then."""
+    given = tmp_path / "given.ckpt"
+    shutil.copy(whole[0].checkpoint("dense"), given)
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(whole[0].path, folder.path)
+    given.unlink()
+    stop = f"+callbacks.cut={{_target_:{__name__}.StopAt,stage:sparse_2,step:7}}"
+    cfg = configuration(f"model.weights={given}", "seed=1", stop)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(cfg, folder, checkpoint=folder.checkpoint("dense"))
+    assert not folder.checkpoint("sparse").exists()
+    cfg.callbacks.cut = None
+    run(cfg, folder)
+    old = weights(whole[0], "sparse")
+    assert any(not torch.equal(old[k], v) for k, v in weights(folder, "sparse").items())
+
+
 def test_teacher_has_the_order_of_the_permuted_network(tmp_path: Path) -> None:
     cfg = configuration("permutation=greedy", "sparse.epochs=1", "distillation.features=1")
     folder = RunFolder(tmp_path)

@@ -113,6 +113,17 @@ def test_rows_are_those_of_the_pruned_network(scanned: RunFolder, weights: Path)
         )
 
 
+def test_layers_that_an_allocation_leaves_dense_are_looked_at(
+    weights: Path, tmp_path: Path
+) -> None:
+    targets = "sparsity.allocation.targets=[[*,0.5],[layer2.*,0.0]]"
+    cfg = configuration(
+        "task=sensitivity", f"model.weights={weights}", "sparsity/allocation=targets", targets
+    )
+    names = {layer.name for layer in scan_job.prepare(cfg, RunFolder(tmp_path)).plan.pruned}
+    assert {"layer2.0.conv2", "layer3.0.conv2"} <= names
+
+
 def test_decisions_never_see_validation_images(weights: Path) -> None:
     data = build_data(configuration(f"model.weights={weights}"))
     validation, _ = next(iter(data.val_dataloader()))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from blocksparse.pipeline.folders import RunFolder
@@ -169,3 +169,49 @@ def test_threads_are_given_back() -> None:
     assert torch.get_num_threads() == 1
     with threads(None):
         assert torch.get_num_threads() == 1
+
+
+def test_the_teacher_comes_back_as_it_was(tmp_path: Path) -> None:
+    cfg = configuration("channels_last=true", "sparse.epochs=1")
+    data = build_data(cfg)
+    teacher = build_network(cfg, data).eval()
+    Stage(cfg, "sparse", RunFolder(tmp_path)).fit(copy.deepcopy(teacher), data, teacher=teacher)
+    assert not teacher.training
+    for name, value in teacher.state_dict().items():
+        assert value.device.type == "cpu"
+        assert value.is_contiguous(), name
+
+
+def test_other_checkpoints_keep_their_names(tmp_path: Path) -> None:
+    best = (
+        "{_target_:lightning.pytorch.callbacks.ModelCheckpoint,monitor:val/accuracy,filename:best}"
+    )
+    cfg = configuration(f"+callbacks.best={best}")
+    data = build_data(cfg)
+    Stage(cfg, "dense", RunFolder(tmp_path)).fit(build_network(cfg, data), data)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"best.ckpt", "last_dense.ckpt"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("export.images=0", "export.images=0: at least one image"),
+        ("export.block=8", r"export.block=8: give rows and columns, such as \[8,8\]"),
+        ("sparse.label_smoothing=1", "label_smoothing is 1"),
+        ("compile_steps=true distillation.features=1", "compile_steps=false, or"),
+        ("permutation=greedy permutation.passes=0", "permutation.passes=0: at least 1"),
+    ],
+)
+def test_what_would_fail_after_hours_fails_at_once(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(configuration(*override.split()))
+
+
+def test_configurations_of_older_runs_are_taken() -> None:
+    cfg = configuration()
+    OmegaConf.set_struct(cfg, False)
+    for key in ("calibration", "permutation", "compile_steps", "task"):
+        del cfg[key]
+    OmegaConf.set_struct(cfg, True)
+    check(cfg)

@@ -22,6 +22,7 @@ from blocksparse.pipeline.command import command_line
 from blocksparse.pipeline.console import console
 from blocksparse.pipeline.folders import STAGES, RunFolder, resume_point
 from blocksparse.pipeline.job import run
+from blocksparse.pipeline.setup import is_first_process
 
 __all__ = ["run_job"]
 
@@ -39,6 +40,7 @@ FREE_KEYS = (
     "report",
     "data.root",
     "data.num_workers",
+    "sparsity.allocation.path",
 )
 # Errors whose text is meant for the user; everything else is a defect and keeps its traceback.
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, MisconfigurationException)
@@ -64,13 +66,19 @@ def run_job(cfg: DictConfig) -> float:
     single = hydra.mode == RunMode.RUN
     _log.info("overrides: %s", " ".join(hydra.overrides.task) or "none")
     try:
+        devices = OmegaConf.select(cfg, "trainer.devices", default=1)
+        if not single and devices not in (1, "auto"):
+            raise ValueError(
+                f"trainer.devices={devices}: a sweep (-m, --multirun) trains on one "
+                "device; start its runs one by one, or leave trainer.devices at 1"
+            )
         checkpoint = command = None
         if cfg.resume is not None:
             if not single:
                 raise ValueError("resume= goes on with one run: leave out -m (--multirun)")
             folder, checkpoint = resume_point(cfg.resume)
             cfg = resumed_config(folder, hydra.overrides.task, hydra.runtime.choices)
-        elif folder.config.exists():
+        elif folder.config.exists() and is_first_process():
             raise FileExistsError(
                 f"{folder} already holds a run. Go on with it by resume={folder}, or "
                 "start another with another name=... or another moment"
@@ -98,7 +106,8 @@ def _run_task(
     """Run what ``task=`` names, and return its figure for sweepers."""
     name = OmegaConf.select(cfg, "task.name", default="train")  # older runs have no task
     if name == "train":
-        return run(cfg, folder, checkpoint, command).accuracy.runtime
+        report = run(cfg, folder, checkpoint, command)
+        return report.accuracy.runtime if report else 0.0
     if name == "sensitivity":
         return scan_job.run(cfg, folder)
     if name == "allocate":

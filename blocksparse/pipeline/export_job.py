@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor
 
 from blocksparse.export import ExportReport, export_file
 from blocksparse.pipeline.console import console, key_values, say
+from blocksparse.pipeline.setup import export_block
 from blocksparse.pipeline.source import Source, find
 from blocksparse.sparsity import Pattern, checkpoint_patterns
 
@@ -39,7 +39,7 @@ def run(cfg: DictConfig) -> ExportReport:
     ValueError
         The configuration, the weights or the network cannot be used; the text says why.
     """
-    block = None if cfg.export.block is None else _block(cfg.export.block)
+    block = export_block(cfg)
     if cfg.export.images < 1:
         raise ValueError(
             f"export.images={cfg.export.images}: at least one image is needed to verify the file"
@@ -80,16 +80,6 @@ def _patterns(checkpoint: Path) -> dict[str, Pattern]:
         return {}
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     return checkpoint_patterns(content)
-
-
-def _block(sides: Any) -> tuple[int, int]:
-    if (
-        not isinstance(sides, ListConfig)
-        or len(sides) != 2
-        or not all(isinstance(side, int) and side > 0 for side in sides)
-    ):
-        raise ValueError(f"export.block={sides}: give rows and columns, such as [8,8]")
-    return (sides[0], sides[1])
 
 
 def _print(report: ExportReport, origin: str) -> None:

@@ -22,7 +22,16 @@ from blocksparse.pipeline import measure
 from blocksparse.pipeline.console import console, key_values, quieten, say
 from blocksparse.pipeline.folders import RunFolder
 from blocksparse.pipeline.one_shot import prune_one_shot
-from blocksparse.pipeline.setup import build, build_data, build_network, check, is_set, threads
+from blocksparse.pipeline.setup import (
+    build,
+    build_data,
+    build_network,
+    check,
+    export_block,
+    is_first_process,
+    is_set,
+    threads,
+)
 from blocksparse.pipeline.stages import Stage, save_weights
 from blocksparse.report import Report
 from blocksparse.sparsity import Plan, checkpoint_plan
@@ -41,7 +50,7 @@ def run(
     folder: RunFolder,
     checkpoint: Path | None = None,
     command: str | None = None,
-) -> Report:
+) -> Report | None:
     """Train, prune, export, verify and measure.
 
     What `folder` holds already, from a run that was interrupted, is not done again.
@@ -60,8 +69,9 @@ def run(
 
     Returns
     -------
-    Report
-        The closing report, which was printed and saved.
+    Report or None
+        The closing report, which was printed and saved. None in a process that only helps the first
+        one with its trainings, see `is_first_process`.
 
     Raises
     ------
@@ -74,9 +84,13 @@ def run(
     with threads(cfg.threads):
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         job = _Job(cfg, folder, checkpoint)
-        job.announce(command)
+        if is_first_process():
+            job.forget_later()
+            job.announce(command)
         dense = job.train_dense()
         sparse, plan = job.prune(dense)
+        if not is_first_process():
+            return None
         export = job.export(sparse, plan)
         report = job.report(dense, sparse, plan, export, started)
     report.save(folder.path)
@@ -95,10 +109,22 @@ class _Job:
         self.folder = folder
         self.checkpoint = checkpoint.resolve() if checkpoint else None
         self.data = build_data(cfg)
-        self.network = build_network(cfg, self.data)
+        self.network = build_network(cfg, self.data, trained=not self._finished("dense"))
         self.pruning: SparsityCallback = build(cfg.sparsity, save_dir=str(folder.path))
         # Now, so that a mistake shows before the dense training.
         self.target = self.pruning.plan_for(self.network).target
+
+    def forget_later(self) -> None:
+        """Remove what stages left that are gone through again, as a checkpoint before was named.
+
+        An interrupted run would otherwise take it for its own.
+        """
+        if self.checkpoint is None:
+            return
+        after = [self.folder.last("dense"), self.folder.checkpoint("dense")]
+        after += [self.folder.last("sparse"), self.folder.checkpoint("sparse")]
+        for path in after[[path.resolve() for path in after].index(self.checkpoint) + 1 :]:
+            path.unlink(missing_ok=True)
 
     def announce(self, command: str | None) -> None:
         """Print what was decided, and save the command, where it is new, and configuration."""
@@ -111,10 +137,10 @@ class _Job:
         shape = "x".join(map(str, data.input_shape))
         weights = sum(parameter.numel() for parameter in self.network.parameters())
         pruning = f"to {100 * self.target:.4g} % sparsity in {_epochs(cfg.sparse.epochs)}"
-        if is_set(cfg.calibration):
+        if is_set(cfg.get("calibration")):
             after = f"then {_epochs(cfg.sparse.epochs)}" if cfg.sparse.epochs else "no training"
             pruning = f"to {100 * self.target:.4g} % sparsity in one shot, {after}"
-        if is_set(cfg.permutation):
+        if is_set(cfg.get("permutation")):
             pruning += ", channels permuted before"
         if is_set(cfg.distillation) and cfg.sparse.epochs > 0:
             pruning += ", with distillation"
@@ -140,7 +166,8 @@ class _Job:
         if not self._dense_source():
             resume = self._last("dense")
             Stage(self.cfg, "dense", self.folder).fit(network, self.data, resume=resume)
-        save_weights(network, target)
+        if is_first_process():
+            save_weights(network, target)
         return network.eval()
 
     def prune(self, dense: nn.Module) -> tuple[nn.Module, Plan]:
@@ -153,12 +180,13 @@ class _Job:
             plan = checkpoint_plan(torch.load(target, weights_only=True))
             assert plan is not None  # written below, together with the weights
             return network.eval(), plan
-        if is_set(self.cfg.permutation):
+        if is_set(self.cfg.get("permutation")):
             self._permute(network)  # a resumed fit puts its own weights over these, in this order
             if is_set(self.cfg.distillation) and self.cfg.distillation.get("features"):
                 teacher = copy.deepcopy(network)  # features are compared channel by channel
         callback, resume = self.pruning, self._last("sparse")
-        if is_set(self.cfg.calibration) and resume is None:
+        if is_set(self.cfg.get("calibration")) and resume is None and is_first_process():
+            # The others are sent masks and weights when the training begins.
             prune_one_shot(self.cfg, network, self.data, callback, self.folder)
         callbacks: list[pl.Callback] = [callback]
         if is_set(self.cfg.batchnorm):
@@ -168,17 +196,20 @@ class _Job:
                 network, self.data, teacher=teacher, callbacks=callbacks, resume=resume
             )
         assert callback.plan is not None  # settled by now
-        # The masks and the plan lie where Lightning would put them, for `checkpoint_plan`.
-        save_weights(network, target, callbacks={STATE_KEY: callback.state_dict()})
+        if is_first_process():
+            # The masks and the plan lie where Lightning would put them, for `checkpoint_plan`.
+            save_weights(network, target, callbacks={STATE_KEY: callback.state_dict()})
         return network.eval(), callback.plan
 
     def _permute(self, network: nn.Module) -> None:
         """Reorder the channels of the network for what will be pruned; print and save the gain."""
-        say("permuting channels")
+        if is_first_process():
+            say("permuting channels")
         plan = self.pruning.plan_for(network)
         report = build(self.cfg.permutation)(network, plan, self.data.input_shape)
-        console.print(report.table())
-        report.save(self.folder.path)
+        if is_first_process():
+            console.print(report.table())
+            report.save(self.folder.path)
 
     def export(self, sparse: nn.Module, plan: Plan) -> ExportReport:
         """Write the compact file, verified on the validation set."""
@@ -190,7 +221,7 @@ class _Job:
             images[: self.cfg.export.images],
             val_loader=self._validation(),
             patterns=plan.patterns(),
-            block=tuple(self.cfg.export.block) if self.cfg.export.block else None,
+            block=export_block(self.cfg),
             classes=self.data.classes,
             preprocessing=self.data.preprocessing,
             provenance={"config": OmegaConf.to_container(self.cfg, resolve=True)},

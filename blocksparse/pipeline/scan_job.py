@@ -21,10 +21,10 @@ from blocksparse.pipeline.progress import Steps
 from blocksparse.pipeline.scan_files import ScanFiles, fingerprint
 from blocksparse.pipeline.scan_plot import save_plot
 from blocksparse.pipeline.setup import build, build_data, build_network, check, threads
-from blocksparse.sparsity import Plan, pattern_to_json
+from blocksparse.sparsity import Plan, Uniform, pattern_to_json
 from blocksparse.sparsity.knapsack import Infeasible
 from blocksparse.sparsity.sensitivity import Row, points, scan
-from blocksparse.training import ImageData
+from blocksparse.training import ImageData, SparsityCallback
 from blocksparse.whole_file import write_whole
 
 __all__ = ["Subject", "prepare", "run", "scanned"]
@@ -120,7 +120,10 @@ def prepare(cfg: DictConfig, folder: RunFolder) -> Subject:
         )
     data = build_data(cfg)
     network = build_network(cfg, data).eval()
-    plan: Plan = build(cfg.sparsity).plan_for(network)
+    pruning: SparsityCallback = build(cfg.sparsity)
+    # Every layer that may be pruned, also those that the configured allocation would leave dense.
+    pruning.allocation = Uniform()
+    plan = pruning.plan_for(network)
     if not plan.pruned:
         raise ValueError(
             f"sparsity.target={cfg.sparsity.target:g} leaves every layer dense, so there is "

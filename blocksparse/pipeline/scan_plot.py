@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from blocksparse.sparsity.sensitivity import Row
+from blocksparse.whole_file import draft_of
 
 __all__ = ["save_plot"]
 
@@ -58,6 +58,5 @@ def save_plot(rows: Sequence[Row], pattern: str, name: str, path: Path) -> None:
         fontsize=10,
     )
     figure.colorbar(image, ax=axes, label="loss added, nats")
-    draft = path.with_name(path.name + ".tmp")
-    figure.savefig(draft, dpi=120, format="png")
-    os.replace(draft, path)
+    with draft_of(path) as draft:
+        figure.savefig(draft, dpi=120, format="png")

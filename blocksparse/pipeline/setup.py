@@ -10,12 +10,22 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from blocksparse.training import ImageData
+from blocksparse.training import Classifier, ImageData
 
-__all__ = ["build", "build_data", "build_network", "check", "is_set", "threads"]
+__all__ = [
+    "build",
+    "build_data",
+    "build_network",
+    "check",
+    "export_block",
+    "is_first_process",
+    "is_set",
+    "threads",
+]
 
 
 def is_set(node: Any) -> bool:
@@ -48,17 +58,27 @@ def build_data(cfg: DictConfig) -> ImageData:
     return data
 
 
-def build_network(cfg: DictConfig, data: ImageData) -> nn.Module:
+def build_network(cfg: DictConfig, data: ImageData, trained: bool = True) -> nn.Module:
     """Return the network for this data, with the weights that the configuration names.
+
+    Parameters
+    ----------
+    cfg
+        The whole configuration.
+    data
+        Gives the shape of an image and the number of classes.
+    trained
+        Whether weights from a file are wanted; else it need not be there.
 
     Raises
     ------
     ValueError
         The network cannot be trained on images of this size.
     """
-    network: nn.Module = build(
-        cfg.model, num_classes=data.num_classes, input_shape=data.input_shape
-    )
+    model = cfg.model
+    if not trained:
+        model = OmegaConf.merge(model, {"weights": None})
+    network: nn.Module = build(model, num_classes=data.num_classes, input_shape=data.input_shape)
     _try_images(network, cfg, data.input_shape)
     return network
 
@@ -82,6 +102,35 @@ def _try_images(network: nn.Module, cfg: DictConfig, shape: tuple[int, int, int]
             f"model.name={cfg.model.name} cannot take images of {size}: {reason}. {mend}, or "
             "choose another model.name"
         ) from error
+
+
+def is_first_process() -> bool:
+    """Say whether this process is the one that reports, of those that train together.
+
+    With ``trainer.devices`` above 1 Lightning starts the same command again for each further
+    device, and each takes part in the trainings; the first alone writes and prints.
+    """
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def export_block(cfg: DictConfig) -> tuple[int, int] | None:
+    """Return the block shape that ``export.block`` asks for, None for that of the pruning.
+
+    Raises
+    ------
+    ValueError
+        If it is not two positive numbers.
+    """
+    sides = cfg.export.block
+    if sides is None:
+        return None
+    if (
+        not isinstance(sides, ListConfig)
+        or len(sides) != 2
+        or not all(isinstance(side, int) and side > 0 for side in sides)
+    ):
+        raise ValueError(f"export.block={sides}: give rows and columns, such as [8,8]")
+    return (sides[0], sides[1])
 
 
 @contextmanager
@@ -122,7 +171,7 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.threads is not None and cfg.threads < 1:
         raise ValueError(f"threads={cfg.threads}: at least 1, or null for one per core")
-    if cfg.dense.epochs < 0 or cfg.sparse.epochs < (0 if is_set(cfg.calibration) else 1):
+    if cfg.dense.epochs < 0 or cfg.sparse.epochs < (0 if is_set(cfg.get("calibration")) else 1):
         raise ValueError(
             f"dense.epochs={cfg.dense.epochs}, sparse.epochs={cfg.sparse.epochs}: dense training "
             "takes 0 epochs or more, pruning at least 1, or 0 in one shot (calibration=obs)"
@@ -132,8 +181,25 @@ def check(cfg: DictConfig) -> None:
             f"export.val_batches={cfg.export.val_batches}: the report needs the accuracy on at "
             "least 1 batch; null takes all"
         )
+    if cfg.export.images < 1:
+        raise ValueError(
+            f"export.images={cfg.export.images}: at least one image is needed to verify the file"
+        )
+    export_block(cfg)
+    passes = OmegaConf.select(cfg, "permutation.passes")
+    if passes is not None and passes < 1:
+        raise ValueError(f"permutation.passes={passes}: at least 1")
     # Their constructors know what may be set.
-    for name in ("dense.optimizer", "sparse.optimizer", "distillation", "batchnorm", "calibration"):
+    for name in ("dense.optimizer", "sparse.optimizer", "batchnorm", "calibration"):
         node = OmegaConf.select(cfg, name)
         if is_set(node):
             build(node)
+    distillation = build(cfg.distillation) if is_set(cfg.distillation) else None
+    for stage in ("dense", "sparse"):
+        Classifier(
+            nn.Identity(),
+            label_smoothing=cfg[stage].label_smoothing,
+            distillation=distillation,
+            teacher=nn.Identity(),
+            compile_steps=cfg.get("compile_steps", False),
+        )

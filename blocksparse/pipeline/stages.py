@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from torch import nn
 from blocksparse.pipeline.console import say
 from blocksparse.pipeline.folders import RunFolder
 from blocksparse.pipeline.progress import StageProgress
-from blocksparse.pipeline.setup import build, is_set
+from blocksparse.pipeline.setup import build, is_first_process, is_set
 from blocksparse.training import Classifier, ImageData
+from blocksparse.whole_file import draft_of
 
 __all__ = ["TITLES", "Stage", "save_weights"]
 
@@ -56,7 +56,7 @@ class Stage:
         callbacks: Iterable[Callback] = (),
         resume: Path | None = None,
     ) -> None:
-        """Train `network` in place, and leave it on the CPU.
+        """Train `network` in place, and leave it and its teacher on the CPU.
 
         Parameters
         ----------
@@ -88,13 +88,13 @@ class Stage:
         )
         module.train()  # what was just evaluated is not in training mode
         trainer = self._trainer([*callbacks, *self._callbacks()])
-        if compile_steps:
+        if compile_steps and is_first_process():
             say("the first step compiles the network, which may take some minutes")
         _log.info("stage %s%s", self.name, f" from {resume}" if resume else "")
         trainer.fit(module, datamodule=data, ckpt_path=resume)
-        network.cpu().eval()
-        # As it would be when read from its checkpoint, where a resumed run takes it from.
-        network.to(memory_format=torch.contiguous_format)
+        for left in (network, *([] if teacher is None else [teacher])):
+            # As it would be when read from its checkpoint, where a resumed run takes it from.
+            left.cpu().eval().to(memory_format=torch.contiguous_format)
 
     def _trainer(self, callbacks: list[Callback]) -> pl.Trainer:
         trainer: pl.Trainer = build(
@@ -110,14 +110,16 @@ class Stage:
 
     def _callbacks(self) -> list[Callback]:
         made = []
-        for node in self.cfg.callbacks.values():
+        for name, node in self.cfg.callbacks.items():
             if not is_set(node):
                 continue
+            place = {}
             if node._target_.endswith(".ModelCheckpoint") and "dirpath" not in node:
                 last = self.folder.last(self.name)
-                made.append(build(node, dirpath=str(last.parent), filename=last.stem))
-            else:
-                made.append(build(node))
+                place["dirpath"] = str(last.parent)
+                if name == "last":  # what resume= goes on from; others have names of their own
+                    place["filename"] = last.stem
+            made.append(build(node, **place))
         for callback in made:
             if isinstance(callback, StageProgress):
                 callback.title = TITLES[self.name]
@@ -144,7 +146,5 @@ def save_weights(network: nn.Module, path: Path, **extra: Any) -> None:
     **extra
         Plain values to store beside ``state_dict``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    torch.save({"state_dict": network.state_dict(), **extra}, draft)
-    os.replace(draft, path)
+    with draft_of(path) as draft:
+        torch.save({"state_dict": network.state_dict(), **extra}, draft)

@@ -28,6 +28,7 @@ from blocksparse.sparsity.least_squares import MaskedLeastSquares
 from blocksparse.sparsity.masked import MaskedWeights
 from blocksparse.sparsity.masks import pack_mask, plan_masks
 from blocksparse.sparsity.plan import LayerPlan, Plan
+from blocksparse.sparsity.scores import l2
 
 Progress = Callable[[str], None]
 
@@ -127,12 +128,12 @@ class OptimalBrainSurgeon:
         """Choose the mask of a layer, bool of the shape of its weight, and change its weight."""
         weight: Tensor = module.weight  # type: ignore[assignment]
         problem = _problem(weight, moments, self.damping, layer.name)
-        alone = replace(plan, layers=(layer,), zeros=layer.zeros or 0)
+        # Of what is ranked the squares sum to what a unit is worth, whatever ranks weights.
+        alone = replace(plan, layers=(layer,), zeros=layer.zeros or 0, score=l2)
         together = plan.pattern.together(layer.shape).to(problem.goal.device)
         # What a sparse network has lost already (initial=from_model) is not called back.
         mask = plan_masks(alone, {layer.param: weight}, 0.0)[layer.param] | (weight != 0)
         mask = mask.to(problem.goal.device)
-        # Of the losses the squares sum to what a unit is worth.
         root = influence.sqrt().to(problem.goal)[:, None]
         for done in range(1, self.rounds + 1):
             losses = (problem.losses(mask.flatten(1), together) * root).reshape(layer.shape)
@@ -162,7 +163,7 @@ class OptimalBrainSurgeon:
 
         run_beside(network, images, [layer.name for layer in plan.pruned], visit)
         params = {layer.param: losses[layer.name] for layer in plan.pruned}
-        masks = plan_masks(plan, params, 1.0)
+        masks = plan_masks(replace(plan, score=l2), params, 1.0)
         return {layer.name: int((~masks[layer.param]).sum()) for layer in plan.pruned}
 
 

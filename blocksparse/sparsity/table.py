@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from blocksparse.sparsity.plan import LayerPlan, Plan
+from blocksparse.whole_file import write_whole
 
 _HEADER = ("layer", "shape", "pattern", "target", "why")
 
@@ -42,10 +43,9 @@ def plan_markdown(plan: Plan) -> str:
 
 def save_plan(plan: Plan, folder: Path) -> tuple[Path, Path]:
     """Write ``sparsity_plan.json`` and ``sparsity_plan.md`` into ``folder``; return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     as_json, as_text = folder / "sparsity_plan.json", folder / "sparsity_plan.md"
-    as_json.write_text(json.dumps(plan.to_json(), indent=2) + "\n", encoding="utf-8")
-    as_text.write_text(plan_markdown(plan), encoding="utf-8")
+    write_whole(as_json, json.dumps(plan.to_json(), indent=2) + "\n")
+    write_whole(as_text, plan_markdown(plan))
     return as_json, as_text
 
 

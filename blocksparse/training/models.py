@@ -126,7 +126,7 @@ def _check_torchvision(
     if input_shape[0] != 3:
         raise ValueError(
             f"{name} takes images of 3 channels, the data has {input_shape[0]}: choose one of "
-            f"{', '.join(CIFAR_RESNETS)}, or set data.channels=rgb where the data has that key"
+            f"{', '.join(CIFAR_RESNETS)}, or set data.channels=3 where the data has that key"
         )
 
 

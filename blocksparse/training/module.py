@@ -176,6 +176,12 @@ class Classifier(LightningModule):
                 parameter.grad = self._gradients[name].to(parameter)
         self._gradients = {}
 
+    def on_fit_end(self) -> None:
+        """Take over the first process's batch-norm statistics: each has seen other images."""
+        if self.trainer.world_size > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         """Set this step's random numbers and weight decay."""
         rank, epoch = self.global_rank, self.current_epoch

@@ -245,6 +245,10 @@ class SparsityCallback(Callback):
                 "set trainer.max_epochs or trainer.max_steps"
             )
         self._total_steps = max(int(total), 1) if math.isfinite(total) else 1
+        # Masks made without training, or read from a checkpoint, are those of the first process.
+        state = trainer.strategy.broadcast(self.state_dict() if self.masks else {}, src=0)
+        if not trainer.is_global_zero and state:
+            self._made = Ramp(Plan.from_json(state["plan"]), self.updates, state)
         ramp, network = self._ramp, self._network(pl_module)
         ramp.updated_at = min(ramp.updated_at, trainer.global_step)  # a new trainer counts anew
         self._release()
@@ -285,7 +289,8 @@ class SparsityCallback(Callback):
         self._zeros = self._ramp.masked.count(self._network(pl_module))
         for layer in self._ramp.plan.pruned:
             density = 1.0 - self._zeros[layer.param] / layer.size
-            pl_module.log(f"density/{layer.name}", density, batch_size=1)
+            # The same in all processes, but Lightning warns of what they do not settle together.
+            pl_module.log(f"density/{layer.name}", density, batch_size=1, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that what was promised is there."""
@@ -361,7 +366,7 @@ class SparsityCallback(Callback):
             children = ", ".join(name for name, _ in pl_module.named_children()) or "none"
             raise ValueError(
                 f"{type(pl_module).__name__} has no module {self.root!r} to prune; it has: "
-                f"{children}. Set sparsity.root to one of them, or to '' for all of it"
+                f"{children}. Set root to one of them, or to '' for all of it"
             ) from None
 
     def _update(self, trainer: Trainer, network: nn.Module, step: int) -> None:

@@ -20,9 +20,13 @@ from blocksparse.sparsity import (
     Pattern,
     Plan,
     Targets,
+    Uniform,
     Unstructured,
     VectorNM,
+    l1,
+    l2,
     resolve,
+    taylor,
 )
 from blocksparse.sparsity.calibration import Moments
 
@@ -294,3 +298,15 @@ def test_progress_and_names_in_errors() -> None:
 def test_settings_that_cannot_be_are_refused(key: str) -> None:
     with pytest.raises(ValueError, match=rf"calibration\.{key} is 0"):
         OptimalBrainSurgeon(**{key: 0})
+
+
+@pytest.mark.parametrize("allocation", [Uniform(), Global()])
+def test_what_ranks_weights_does_not_rank_what_calibration_found(allocation) -> None:
+    dense = network()
+    masks = []
+    for score in (l2, l1, taylor):
+        plan = plan_for(dense, Block(8, 8, False), allocation=allocation, score=score)
+        pruned = copy.deepcopy(dense)
+        masks.append(OptimalBrainSurgeon(rounds=2).prune(pruned, plan, images()).masks)
+    for other in masks[1:]:
+        assert all(torch.equal(mask, masks[0][name]) for name, mask in other.items())

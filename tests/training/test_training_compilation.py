@@ -38,7 +38,9 @@ class Small(nn.Module):
         return self.linear(features.mean((2, 3)))
 
 
-def fit(compile_steps: bool, resume: Path | None = None, save: Path | None = None) -> Classifier:
+def fit(
+    folder: Path, compile_steps: bool = True, resume: Path | None = None, save: Path | None = None
+) -> Classifier:
     module = Classifier(
         Small(),
         distillation=Distillation(),
@@ -53,6 +55,7 @@ def fit(compile_steps: bool, resume: Path | None = None, save: Path | None = Non
                 trainer.save_checkpoint(save)
 
     trainer = quiet_trainer(
+        default_root_dir=folder,
         max_epochs=2,
         limit_train_batches=4,
         limit_val_batches=1,
@@ -64,8 +67,8 @@ def fit(compile_steps: bool, resume: Path | None = None, save: Path | None = Non
 
 @pytest.mark.slow
 def test_a_compiled_training_is_the_same_and_resumes(tmp_path):
-    plain, whole = fit(False), fit(True, save=tmp_path / "middle.ckpt")
-    again = fit(True, resume=tmp_path / "middle.ckpt")
+    plain, whole = fit(tmp_path, False), fit(tmp_path, save=tmp_path / "middle.ckpt")
+    again = fit(tmp_path, resume=tmp_path / "middle.ckpt")
     assert plain.state_dict().keys() == whole.state_dict().keys()
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(whole.state_dict()[name], value, rtol=1e-3, atol=1e-4)
@@ -79,7 +82,7 @@ def test_a_compiled_training_is_the_same_and_resumes(tmp_path):
 
 
 @pytest.mark.slow
-def test_steps_run_compiled_and_validation_does_not(monkeypatch):
+def test_steps_run_compiled_and_validation_does_not(monkeypatch, tmp_path):
     plain = []
     forward = Small.forward
 
@@ -89,14 +92,14 @@ def test_steps_run_compiled_and_validation_does_not(monkeypatch):
         return forward(self, images)
 
     monkeypatch.setattr(Small, "forward", noted)
-    fit(True)
+    fit(tmp_path)
     assert plain == [(24, False)] * 3  # Lightning's check of validation, and two epochs
 
 
-def test_no_compiler(monkeypatch):
+def test_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
     with fresh_cache(), pytest.raises(ValueError, match=r"compile_steps=true, but.*C\+\+ compiler"):
-        fit(True)
+        fit(tmp_path)
 
 
 def test_feature_maps_are_refused():
