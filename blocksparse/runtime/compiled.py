@@ -167,7 +167,7 @@ class CompiledEngine:
         self._loops(at, thread, number)
 
     def close(self) -> None:
-        """Drop plans and memory, end the helper threads."""
+        """Drop plans and the memory of calls, end the helper threads; packed weights stay."""
         with self._lock:
             self._ready.clear()
         self._helpers.close()
