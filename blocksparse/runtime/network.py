@@ -170,7 +170,8 @@ def load(
         mask, or fewer where a container has a quota of processor time.
     engine : {"auto", "compiled", "reference"}
         ``"compiled"`` is the fast one; ``"reference"`` is NumPy alone; ``"auto"`` is the first of
-        the two that can run here, and says so in the log where that is the second.
+        the two that can run here, and says so in the log where that is the second. What is tried
+        are the loops; a layer's kernel that cannot be compiled is an error of the first call.
     winograd : bool
         Whether convolutions of kernel height 3 may go through Winograd's transforms where that was
         measured to be faster. False keeps to direct sums: slower, with smaller rounding errors.
