@@ -46,7 +46,7 @@ OURS: dict[str, set[str]] = {
 TRAINING = {"numpy", "torch", "torchvision", "lightning", "sklearn", "safetensors", "PIL", "rich"}
 THEIRS: dict[str, set[str]] = {
     "__init__": set(),
-    "format": {"numpy", "safetensors"},
+    "format": {"numpy"},
     "runtime": {"numpy", "numba", "llvmlite"},
     "perf": {"numpy", "numba", "llvmlite"},
     "cli": {"numpy", "numba", "rich", "PIL", "matplotlib"},
@@ -191,7 +191,7 @@ def test_only_allowed_imports():
 
 @pytest.mark.parametrize("part", PARTS_WITHOUT_TORCH)
 def test_table_keeps_training_libraries_out_of_what_only_runs(part):
-    banned = {"torch", "torchvision", "lightning", "hydra", "sklearn", "scipy"}
+    banned = {"torch", "torchvision", "lightning", "hydra", "sklearn", "scipy", "safetensors"}
     reachable, todo = set(), [part]
     while todo:
         reachable.add(current := todo.pop())

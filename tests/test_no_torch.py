@@ -15,7 +15,10 @@ BLOCK = """
 import sys
 
 class Blocker:
-    names = {"torch", "torchvision", "lightning", "pytorch_lightning", "hydra", "sklearn", "scipy"}
+    names = {
+        "torch", "torchvision", "lightning", "pytorch_lightning", "hydra", "sklearn", "scipy",
+        "safetensors",
+    }
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:

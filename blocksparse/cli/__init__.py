@@ -1,8 +1,8 @@
 """The command line: `blocksparse info | verify | run | bench | ...`, one module per command.
 
 It needs no training library. Exit status: 0, done, and what was checked is sound; 1, the file is
-not sound or the work failed; 2, the command cannot be used as it was typed. An error is one line
-on standard error.
+not sound or the work failed; 2, the command cannot be used as it was typed; 130, interrupted. An
+error is one line on standard error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ examples:
   blocksparse machine                                   what this machine can do at most
   blocksparse results runs                              finished runs of train.py, compared
 
-exit status: 0 sound and done; 1 the file is not sound, or the work failed; 2 wrong command line
+exit status: 0 sound and done; 1 the file is not sound, or the work failed; 2 wrong command line;
+130 interrupted
 
 `blocksparse COMMAND --help` says more about each command."""
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status, 0, 1 or 2. (argparse itself leaves with 2 on a wrong command line.)
+        The exit status, 0, 1, 2 or 130. (argparse itself leaves with 2 on a wrong command line.)
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)

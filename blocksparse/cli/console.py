@@ -123,7 +123,7 @@ def add_threads_argument(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=positive,
         metavar="N",
-        help="threads to compute with (default: the runtime's, one per core)",
+        help="threads to compute with (default: one per core that this process may use)",
     )
 
 

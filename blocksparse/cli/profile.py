@@ -36,7 +36,8 @@ pruned. tile is outputs by inputs of one block of the kernel.
 
 "of bound" compares a layer with the least time it could take on this machine, the larger of
   computing: useful operations over the multiply-adds per second of `blocksparse machine`, and
-  reading: stored weights, inputs and output, each once, over the bandwidth of where they come from:
+  reading: stored weights, inputs (rows that a window reads) and output, each once, over the
+  bandwidth of where they come from:
   weights from the nearest cache that holds those of the whole network, inputs and output from the
   nearest that holds the layer's. "bound by" says which it is.
 100 % cannot be reached by a kernel that also has to move data within the nearest cache; well above

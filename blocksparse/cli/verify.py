@@ -32,7 +32,8 @@ when called twice and with another number of threads.
 
 Two engines add in different orders, so they differ by rounding. What is allowed follows from the
 length of the sums: 4 x 2^-23 x sqrt(terms of the dot products along the longest path) x the
-largest output.
+largest output. The terms of a 3x3 convolution without stride, dilation and groups count ninefold,
+since Winograd's transforms, which it may run through, err three times as much.
 
 exit status: 0 sound, 1 not sound (a warning alone is sound), 2 wrong command line"""
 

@@ -91,7 +91,7 @@ def add_parser(commands: Any) -> None:
         help="height and width of an image, for a network by name (what it was made for)",
     )
     parser.add_argument(
-        "--threads", type=ui.positive, metavar="N", help="threads of a call (one per core)"
+        "--threads", type=ui.positive, metavar="N", help="threads of a call (one per usable core)"
     )
     parser.add_argument(
         "--rounds", type=ui.positive, default=20, metavar="N", help="timed calls of each (20)"

@@ -86,12 +86,12 @@ def release(weight: Weight) -> None:
     """Let the operating system take back the memory behind a weight of a mapped file.
 
     Its values stay what they are, and are read from the file again where they are asked for. A
-    weight that lies elsewhere is left alone.
+    weight that lies elsewhere, or in a mapping that can be written to, is left alone.
 
     Parameters
     ----------
     weight : Weight
-        Of a model that `read` returned.
+        Of any model, one that `read` returned or another.
     """
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
@@ -99,7 +99,8 @@ def release(weight: Weight) -> None:
         mapped = array.base if isinstance(array, np.ndarray) else None
         while isinstance(mapped, np.ndarray):
             mapped = mapped.base
-        if isinstance(mapped, mmap.mmap) and array.nbytes:
+        # what was written into a private mapping of somebody else's would be lost
+        if isinstance(mapped, mmap.mmap) and memoryview(mapped).readonly and array.nbytes:
             start = array.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data
             first = start - start % mmap.PAGESIZE
             mapped.madvise(mmap.MADV_DONTNEED, first, start + array.nbytes - first)

@@ -2,7 +2,9 @@
 
 Computing takes at least the useful operations over the measured peak. Reading takes at least the
 bytes over the bandwidth of where they come from. The bytes are those no kernel can do without: the
-stored weights with their indices and biases, every input once, the output once.
+stored weights with their indices and biases, every input once, the output once. Of the image under
+the windows of a convolution or pool those rows count that some window reads: a 1x1 convolution of
+stride 2 needs every second one. Of a row all of it counts, since its cache lines are read whole.
 
 Where they come from: the whole network's weights are streamed once per inference, so each layer's
 come from the nearest level that holds *all* of them. The layer before has just written the
@@ -24,6 +26,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
+
+from blocksparse.format import Node
 from blocksparse.format.model import Model
 from blocksparse.perf.ceilings import Ceilings
 from blocksparse.runtime.kernels import records
@@ -58,7 +63,7 @@ class Traffic:
     weights : int
         Stored weights, indices, bias, scale, shift.
     activations : int
-        Inputs and output.
+        Inputs, as far as they are needed, and output.
     """
 
     weights: int
@@ -135,5 +140,19 @@ def traffic(model: Model, steps: Sequence[Step], batch: int) -> Traffic:
     elif node.op == "slice":  # reads only what it keeps
         floats = 2 * prod(node.shape)
     else:
-        floats = sum(prod(shapes[name]) for name in {*node.inputs}) + prod(node.shape)
+        whole = sum(prod(shapes[name]) for name in {*node.inputs})
+        floats = whole - _skipped(model, node, shapes[node.inputs[0]]) + prod(node.shape)
     return Traffic(weight_bytes(model, node.name), FLOAT_BYTES * batch * floats)
+
+
+def _skipped(model: Model, node: Node, shape: tuple[int, ...]) -> int:
+    """Count the floats of a node's first input, of this shape, in rows that no window reads."""
+    if node.op not in ("conv2d", "max_pool2d", "avg_pool2d") or node.inputs[0] in node.inputs[1:]:
+        return 0
+    kernel = model.weights[node.name].shape[2] if node.op == "conv2d" else node.attrs["kernel"][0]
+    stride, padding = node.attrs["stride"][0], node.attrs["padding"][0]
+    dilation = node.attrs["dilation"][0] if "dilation" in node.attrs else 1
+    channels, height, width = shape
+    rows = stride * np.arange(node.shape[1])[:, None] + dilation * np.arange(kernel) - padding
+    read = np.unique(rows[(rows >= 0) & (rows < height)])
+    return channels * (height - len(read)) * width

@@ -65,7 +65,7 @@ def what_if(
     batch : int
         Images per call.
     threads : int, optional
-        Threads of a call; by default one per processor this process may run on.
+        Threads of a call; by default as many as `blocksparse.load` takes.
     rounds, min_seconds : int, float
         As in :func:`blocksparse.perf.interleave`: once for the network, once for its layers.
     on_progress : callable, optional

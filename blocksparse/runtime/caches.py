@@ -1,4 +1,4 @@
-"""The caches of this machine, and how much memory a measurement may take."""
+"""The caches of this machine."""
 
 from __future__ import annotations
 

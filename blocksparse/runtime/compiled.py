@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import threading
 from collections import OrderedDict
 
 import numpy as np
@@ -19,6 +18,7 @@ from .explain import LayerChoice
 from .helpers import Helpers
 from .kernels import loops, records
 from .kernels.target import describe, host
+from .locks import Lock
 from .plan import Plan, bind
 from .steps import Packs, Step, Steps, lower
 from .trace import CLOCK, UNTIMED, Trace, blank_times, trace
@@ -62,8 +62,8 @@ class CompiledEngine:
         # how many images it has
         self._steps: Steps | None = None if self.algorithms.open else self._lowered({})
         self._ready: OrderedDict[int, _Ready] = OrderedDict()
-        self._lock = threading.Lock()
-        self._binding = threading.Lock()
+        self._lock = Lock()
+        self._binding = Lock()
         self._helpers = Helpers()
         # Python's lock is not held while they run
         integers = [ctypes.c_int64] * 3
@@ -167,7 +167,7 @@ class CompiledEngine:
         self._loops(at, thread, number)
 
     def close(self) -> None:
-        """Drop plans and memory, end the helper threads."""
+        """Drop plans and the memory of calls, end the helper threads; packed weights stay."""
         with self._lock:
             self._ready.clear()
         self._helpers.close()

@@ -6,8 +6,11 @@ import ctypes
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
+
+from .locks import Lock
 
 _Call = tuple[Callable[..., None], tuple[Any, ...]]
 
@@ -16,7 +19,7 @@ class Helpers:
     """Threads of one engine; safe to use from several threads and after a fork."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._reset()
 
     def _reset(self) -> None:
@@ -26,6 +29,9 @@ class Helpers:
         self._threads: list[threading.Thread] = []
         self._avoided: tuple[int, int] | None = None
         self._process = os.getpid()
+        # threads that wait for work would outlive a network that was dropped without `close`
+        self._end = weakref.finalize(self, _end, self._queue, self._threads)
+        self._end.atexit = False
 
     def start(self, work: Callable[..., None], calls: list[tuple[Any, ...]]) -> None:
         """Let threads do `work`; nobody waits for them, and some may start late.
@@ -41,6 +47,7 @@ class Helpers:
             return
         with self._lock:
             if self._process != os.getpid():  # threads do not survive a fork
+                self._end.detach()
                 self._reset()
             while len(self._threads) < len(calls):
                 name = f"blocksparse-{len(self._threads)}"
@@ -58,8 +65,7 @@ class Helpers:
         """End the threads; the next call of `start` makes new ones."""
         with self._lock:
             threads = self._threads if self._process == os.getpid() else []
-            for _ in threads:
-                self._queue.put(None)
+            self._end()
             self._reset()
         for thread in threads:
             thread.join()
@@ -83,6 +89,11 @@ class Helpers:
             except OSError:  # it has just ended, or may not be moved: only a loss of speed
                 continue
         self._avoided = wanted
+
+
+def _end(calls: queue.SimpleQueue[_Call | None], threads: list[threading.Thread]) -> None:
+    for _ in threads:
+        calls.put(None)
 
 
 def _serve(calls: queue.SimpleQueue[_Call | None]) -> None:

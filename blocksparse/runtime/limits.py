@@ -60,14 +60,17 @@ def _groups(root: Path) -> Iterator[Path]:
     """Yield the folders of this process's control groups, each followed by those it is in.
 
     Version 1 has a tree of groups for each of some controllers, version 2 one, which names none.
+    Controllers that share a tree may be named in another order than its folder names them, and then
+    each has a link to it.
     In a container a group may be named as it is seen from outside. Then only the last folder, that
     of the controller itself, is there, and it is the container's own.
     """
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, group = line.split(":", 2)
         parts = PurePosixPath(group).parts[1:]
-        for count in range(len(parts), -1, -1):
-            yield (root / "sys/fs/cgroup" / controllers).joinpath(*parts[:count])
+        for name in dict.fromkeys([controllers, *controllers.split(",")]):
+            for count in range(len(parts), -1, -1):
+                yield (root / "sys/fs/cgroup" / name).joinpath(*parts[:count])
 
 
 def _read(path: Path) -> str:

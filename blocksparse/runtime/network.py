@@ -29,7 +29,7 @@ class Engine(Protocol):
         """Say what runs each node, and why."""
 
     def close(self) -> None:
-        """Let go of memory and threads."""
+        """Let go of plans, the memory of calls and threads."""
 
 
 class ReferenceEngine:
@@ -146,7 +146,10 @@ class Network:
         return Explanation(str(self.engine), self.engine.choices())
 
     def close(self) -> None:
-        """Let go of memory and helper threads; the next call takes them again."""
+        """Let go of plans, the memory of calls and helper threads; the next call makes them again.
+
+        Prepared weights stay as long as the network.
+        """
         self.engine.close()
 
 
@@ -163,10 +166,12 @@ def load(
     source : path-like or Model
         A model file, or a model in memory.
     threads : int, optional
-        Threads a call may use; by default one per processor this process may run on.
+        Threads a call may use; by default one per core it may use: those of its affinity
+        mask, or fewer where a container has a quota of processor time.
     engine : {"auto", "compiled", "reference"}
         ``"compiled"`` is the fast one; ``"reference"`` is NumPy alone; ``"auto"`` is the first of
-        the two that can run here, and says so in the log where that is the second.
+        the two that can run here, and says so in the log where that is the second. What is tried
+        are the loops; a layer's kernel that cannot be compiled is an error of the first call.
     winograd : bool
         Whether convolutions of kernel height 3 may go through Winograd's transforms where that was
         measured to be faster. False keeps to direct sums: slower, with smaller rounding errors.

@@ -22,9 +22,10 @@ from .steps import Step
 from .tables import Tables
 
 PANEL_BYTES = min(256 * KIB, second_level() // 4)
-"""Input of one panel of pixels: weights pass by it in the second-level cache. Where that has 2 MiB,
-panels of 128 KiB to 1 MiB are within 3 % of each other. Where it has 512 KiB (one core of a Zen 3),
-ResNet-50 takes 89.6 ms with panels of 128 KiB and 93.0 with 256, and 29.9 and 30.7 at 75 %.
+"""Input of one panel of pixels, of one group's channels where there are groups: weights pass by it
+in the second-level cache. Where that has 2 MiB, panels of 128 KiB to 1 MiB are within 3 % of each
+other. Where it has 512 KiB (one core of a Zen 3), ResNet-50 takes 89.6 ms with panels of 128 KiB
+and 93.0 with 256, and 29.9 and 30.7 at 75 %.
 """
 
 ITEMS = 16
@@ -100,7 +101,8 @@ def fill_conv(
     vectors = -(-output.run(batch) // lanes)
     widest = tile_widths(step.op, packed, target)[-1]
     channels = source.channels // planes
-    panel = max(1, PANEL_BYTES // (4 * lanes * channels * widest)) * widest
+    read = channels // step.node.attrs["groups"]  # a tile reads the channels of its group only
+    panel = max(1, PANEL_BYTES // (4 * lanes * read * widest)) * widest
     panels = -(-vectors // panel)
     if shares_pixels(packed, channels, 4 * vectors * lanes):
         panels = max(panels, min(HALVES, vectors))

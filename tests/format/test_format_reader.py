@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import pickle
 import tracemalloc
 
@@ -10,7 +11,8 @@ import pytest
 import safetensors.numpy
 from craft import join, poke, saved, small_model, split
 
-from blocksparse.format import FormatError, read, write
+from blocksparse.format import DenseWeight, FormatError, read, write
+from blocksparse.format.reader import release
 from blocksparse.format.validate import model_arrays
 
 
@@ -66,6 +68,14 @@ def test_reading_copies_no_values(tmp_path):
     path.rename(tmp_path / "moved")
     write(path, small_model())  # a file in use can be replaced; the old one lives on
     np.testing.assert_array_equal(back.vectors["head.bias"], big[:, 0])
+
+
+def test_only_memory_that_nobody_can_write_to_is_let_go(tmp_path):
+    (tmp_path / "values").write_bytes(bytes(4 * mmap.PAGESIZE))
+    private = np.memmap(tmp_path / "values", np.float32, "c", shape=(8, mmap.PAGESIZE // 8))
+    private[:] = 1
+    release(DenseWeight(private))
+    assert (private == 1).all(), "what is not in the file was lost"
 
 
 def test_every_truncation_is_an_error(good, tmp_path):

@@ -116,13 +116,35 @@ def grouped(net):
     return steps, groups
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation", "outputs", "rows"),
+    [
+        (2, 3, 1, 1, 3, [0, 2, 3, 5, 6]),
+        (3, 2, 1, 1, 5, range(9)),
+        (2, 4, 0, 2, 2, [0, 2, 4, 6]),
+        (2, 4, 0, 1, 3, [0, 1, 4, 5, 8]),  # the last window reaches beyond the image
+    ],
+)
+def test_traffic_counts_rows_that_a_window_reads(kernel, stride, padding, dilation, outputs, rows):
+    attrs = {"kernel": (kernel, 1), "stride": (stride, 1), "padding": (padding, 0)}
+    attrs |= {"dilation": (dilation, 1), "ceil_mode": True}
+    nodes = (
+        Node("pool", "max_pool2d", ("x",), attrs, (2, outputs, 5)),
+        Node("flat", "flatten", ("pool",), {}, (10 * outputs,)),
+    )
+    net = Model(Graph((ValueSpec("x", (2, 9, 5)),), ("flat",), nodes), {}, {})
+    _, groups = grouped(net)
+    floats = 10 * len(rows) + 10 * outputs
+    assert traffic(net, groups["pool"], 3) == Traffic(0, 4 * 3 * floats)
+
+
 def test_traffic_counts_everything_once():
     net = model()
     steps, groups = grouped(net)
     batch = 3
     floats = {
-        "x2": 32 + 8,
-        "a": 32 + 12,
+        "x2": 16 + 8,  # every second row
+        "a": 16 + 12,
         "b": 12 + 12,  # the residual is the input
         "first": 8 + 8,  # of the whole, only what is kept
         "flat": 8 + 8,
@@ -175,7 +197,7 @@ def test_layers_add_up_their_steps():
     assert a.imbalance == pytest.approx(10 / 7 - 1)
     assert b.imbalance == pytest.approx(0.5)
     assert first.imbalance == 0  # nobody noted any work
-    # 2 * 2 * 24 operations at 1 GFLOP/s, longer than 388 bytes from L1 at 8 GB/s
+    # 2 * 2 * 24 operations at 1 GFLOP/s, longer than 260 bytes from L1 at 8 GB/s
     assert (a.bound_by, a.bound_ms) == ("compute", pytest.approx(96e-6))
     assert a.bound_share == pytest.approx(96e-6 / 0.012)
 

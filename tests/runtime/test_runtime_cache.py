@@ -130,6 +130,36 @@ def test_the_interpreter_may_end_while_kernels_run():
     assert run(cache_folder(), ENDING) == ([], "")
 
 
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="has another usual place")
+def test_the_usual_place(tmp_path, monkeypatch):
+    monkeypatch.delenv("BLOCKSPARSE_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for nothing in (None, ""):
+        if nothing is None:
+            monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        else:
+            monkeypatch.setenv("XDG_CACHE_HOME", nothing)
+        assert cache_folder() == tmp_path / ".cache" / "blocksparse"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_folder() == tmp_path / "kept" / "blocksparse"
+
+
+def test_without_a_home_nothing_is_kept_and_the_remedy_is_named(tmp_path, monkeypatch, caplog):
+    for name in ("BLOCKSPARSE_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(objects, "_unwritable", set())
+    monkeypatch.chdir(tmp_path)
+    objects.compile_text("nothing", "define void @nothing() {\n ret void\n}", host())
+    assert "set BLOCKSPARSE_CACHE" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_another_compiler_or_switch_compiles_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path))
     text = "define void @nothing(i64 %a) {\n ret void\n}"

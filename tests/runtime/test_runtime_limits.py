@@ -52,6 +52,17 @@ def test_version_1_where_the_group_is_named_as_from_outside(tmp_path):
     assert list(limits._quotas(tmp_path)) == []
 
 
+def test_version_1_where_the_folder_names_its_controllers_in_another_order(tmp_path):
+    lay_out(tmp_path, "5:cpuacct,cpu:/job\n")
+    job = tmp_path / "sys/fs/cgroup/cpu,cpuacct/job"
+    job.mkdir(parents=True)
+    (job / "cpu.cfs_quota_us").write_text("150000\n")
+    (job / "cpu.cfs_period_us").write_text("100000\n")
+    for name in ("cpu", "cpuacct"):
+        (tmp_path / "sys/fs/cgroup" / name).symlink_to("cpu,cpuacct")
+    assert set(limits._quotas(tmp_path)) == {1.5}
+
+
 def test_no_control_groups(tmp_path):
     assert list(limits._quotas(tmp_path)) == list(limits._memory_limits(tmp_path)) == []
 

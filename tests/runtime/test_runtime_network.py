@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -71,6 +72,38 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert done.returncode == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_while_another_thread_holds_the_locks(model, tmp_path):
+    path = tmp_path / "m.bsr.safetensors"
+    write(path, model)
+    program = """
+import contextlib, os, signal, sys, threading, numpy as np, blocksparse
+from blocksparse.runtime.kernels import loops, objects
+network = blocksparse.load(sys.argv[1], threads=2)
+x = np.ones((2, *network.input_shape), np.float32)
+network(x[:1])
+engine = network.engine
+locks = (engine._lock, engine._binding, engine._helpers._lock, loops._lock, objects._lock)
+held = threading.Event()
+def hold():
+    with contextlib.ExitStack() as stack:
+        for lock in locks:
+            stack.enter_context(lock)
+        held.set()
+        threading.Event().wait()
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    another = blocksparse.load(sys.argv[1], engine="compiled", threads=2)
+    os._exit(0 if np.array_equal(network(x), another(x)) else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(path)], timeout=120)
+    assert done.returncode == 0
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_helpers_keep_off_the_callers_core(model):
@@ -88,6 +121,18 @@ def test_helpers_keep_off_the_callers_core(model):
     finally:
         os.sched_setaffinity(0, before)
     assert os.sched_getaffinity(0) == before
+
+
+def test_the_threads_of_a_dropped_network_end(model):
+    network = load(model, threads=3)
+    network(randoms(1, 16, 24, 24))
+    helpers = list(network.engine._helpers._threads)
+    assert len(helpers) == 2
+    del network
+    gc.collect()
+    for helper in helpers:
+        helper.join(timeout=60)
+        assert not helper.is_alive()
 
 
 def test_threads_are_settable_and_checked(model):

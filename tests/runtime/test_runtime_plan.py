@@ -41,6 +41,19 @@ def test_memory_of_values_that_exist_together_is_apart(values):
             used[step] |= floats
 
 
+def test_panels_are_as_wide_as_the_channels_of_one_group_allow():
+    """A depthwise convolution reads one channel at a time, however many it has."""
+    panels = []
+    for groups in (1, 512):
+        b = Builder((512, 30, 30))
+        b.conv("x", 512, groups=groups)
+        engine = CompiledEngine(b.model(), winograd=False)
+        plan = bind(engine.model, engine.steps, engine.target, 1)
+        (at,) = (i for i, step in enumerate(engine.steps.steps) if step.op == records.CONV)
+        panels.append(-(-plan.records[at, records.VECTORS] // plan.records[at, records.PANEL]))
+    assert panels[0] > panels[1] == 1
+
+
 def test_memory_is_reused():
     lives = {str(i): Lifetime(i, i + 1) for i in range(10)}
     assert assign(dict.fromkeys(lives, 100), lives)[1] == 200

@@ -13,17 +13,25 @@ from pathlib import Path
 def cache_folder() -> Path:
     """Return the folder that keeps compiled kernels.
 
-    The environment variable ``BLOCKSPARSE_CACHE`` overrides the platform's usual place.
+    The environment variable ``BLOCKSPARSE_CACHE`` overrides the platform's usual place. Without it,
+    a user who has no home folder gets one that cannot be written.
     """
     if custom := os.environ.get("BLOCKSPARSE_CACHE"):
         return Path(custom)
     if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+        base = Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local")
     elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
+        base = _home() / "Library" / "Caches"
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        base = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
     return base / "blocksparse"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # no HOME, and a user that the system does not know
+        return Path(os.devnull)  # no folder: whoever writes below it warns, and names the remedy
 
 
 @cache

@@ -11,7 +11,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -20,6 +19,7 @@ from pathlib import Path
 from blocksparse.whole_file import write_whole_bytes
 
 from ..limits import memory_limit, usable_cores
+from ..locks import Lock
 from . import objects
 from . import records as r
 from .cache import cache_folder
@@ -60,7 +60,7 @@ _NAMES = (*dict.fromkeys(ITEMS.values()), *FAST.values(), PROGRAM)
 _PROCESSES = 4
 _PROCESS_BYTES = 2**29
 
-_lock = threading.Lock()
+_lock = Lock()
 _addresses: dict[str, int] = {}
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from types import ModuleType
 from blocksparse.format import weights
 from blocksparse.whole_file import write_whole_bytes
 
+from ..locks import Lock
 from . import elf
 from .cache import cache_folder, compiler_versions
 from .kernel import Kernel
@@ -32,7 +32,7 @@ _OTHER_SWITCHES = {
 """Variables of Numba's that do not change the code, or are part of the target."""
 
 _log = logging.getLogger(__name__)
-_lock = threading.Lock()
+_lock = Lock()
 _addresses: dict[tuple[str, Target], int] = {}
 _unwritable: set[Path] = set()  # folders of which that was said
 
