@@ -367,3 +367,10 @@ def test_tasks_can_be_typed(weights: Path, tmp_path: Path) -> None:
     sparsity = json.loads(report.read_text())["sparsity"]
     assert sparsity["target"] == pytest.approx(compared["latency-aware"]["sparsity"])
     assert sparsity["reached"] == pytest.approx(sparsity["target"])
+
+
+def test_times_need_kept_channels(weights: Path, tmp_path: Path) -> None:
+    cfg = configuration("task=allocate", f"model.weights={weights}", "sparsity.keep_channels=false")
+    with pytest.raises(ValueError, match="leave sparsity.keep_channels at true"):
+        allocate_job.run(cfg, RunFolder(tmp_path))
+    assert not list(tmp_path.iterdir())

@@ -103,6 +103,11 @@ def run(cfg: DictConfig, folder: RunFolder) -> float:
     """
     quieten()
     check(cfg)
+    if not cfg.sparsity.keep_channels:
+        raise ValueError(
+            "sparsity.keep_channels=false: task=allocate times each layer with masks that keep "
+            "something of every block row and column; leave sparsity.keep_channels at true"
+        )
     _check_limits(cfg.task)
     with threads(cfg.threads):
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
