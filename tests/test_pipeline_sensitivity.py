@@ -371,6 +371,6 @@ def test_tasks_can_be_typed(weights: Path, tmp_path: Path) -> None:
 
 def test_times_need_kept_channels(weights: Path, tmp_path: Path) -> None:
     cfg = configuration("task=allocate", f"model.weights={weights}", "sparsity.keep_channels=false")
-    with pytest.raises(ValueError, match="leave sparsity.keep_channels at true"):
+    with pytest.raises(ValueError, match=r"leave sparsity\.keep_channels at true"):
         allocate_job.run(cfg, RunFolder(tmp_path))
     assert not list(tmp_path.iterdir())
