@@ -48,11 +48,17 @@ def test_many_python_threads_at_once(model):
     assert not wrong
 
 
+def run_with(program, model, tmp_path):
+    """Run a program in a process of its own; it is given the path of the model's file."""
+    path = tmp_path / "m.bsr.safetensors"
+    write(path, model)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(path)], timeout=120)
+    assert done.returncode == 0
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_after_a_fork(model, tmp_path):
     """Helper threads do not survive a fork; calls in the child still end, with the same bits."""
-    path = tmp_path / "m.bsr.safetensors"
-    write(path, model)
     program = """
 import os, sys, time, numpy as np, blocksparse
 network = blocksparse.load(sys.argv[1], threads=2)
@@ -68,14 +74,11 @@ if child == 0:
     os._exit(0 if same and not queue.qsize() else 3)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(path)], timeout=120)
-    assert done.returncode == 0
+    run_with(program, model, tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_while_another_thread_holds_the_locks(model, tmp_path):
-    path = tmp_path / "m.bsr.safetensors"
-    write(path, model)
     program = """
 import contextlib, os, signal, sys, threading, numpy as np, blocksparse
 from blocksparse.runtime.kernels import loops, objects
@@ -100,8 +103,7 @@ if child == 0:
     os._exit(0 if np.array_equal(network(x), another(x)) else 3)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(path)], timeout=120)
-    assert done.returncode == 0
+    run_with(program, model, tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")
