@@ -114,6 +114,18 @@ def test_job_is_given_its_own_command(
     ]
 
 
+@pytest.mark.parametrize("devices", [2, [0, 1]])
+def test_a_sweep_on_several_devices_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, devices: object
+) -> None:
+    runtime = SimpleNamespace(output_dir=str(tmp_path / "0"), choices={})
+    hydra = Hydra(RunMode.MULTIRUN, SimpleNamespace(task=[]), runtime)
+    monkeypatch.setattr(entry.HydraConfig, "get", lambda: hydra)
+    cfg = OmegaConf.create({"resume": None, "trainer": {"devices": devices}})
+    with pytest.raises(ValueError, match=r"a sweep \(-m, --multirun\) trains on one device"):
+        entry.run_job(cfg)
+
+
 def test_resumed_job_keeps_the_command_of_its_beginning(
     given: Callable[..., list[str | None]], folder: RunFolder
 ) -> None:

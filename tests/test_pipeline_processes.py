@@ -49,13 +49,3 @@ def test_two_processes_make_one_run_and_go_on_with_it(tmp_path: Path) -> None:
     again = torch.load(checkpoints / "sparse.ckpt", weights_only=True)
     for name, value in sparse["state_dict"].items():
         assert torch.equal(again["state_dict"][name], value), name
-
-
-def test_a_sweep_on_several_devices_is_refused(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "train.py"), "-m", "trainer.devices=2", "seed=0,1"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, text=True, timeout=300, check=False, capture_output=True
-    )
-    assert done.returncode != 0
-    assert "trainer.devices=2: a sweep (-m, --multirun) trains on one device" in done.stdout
