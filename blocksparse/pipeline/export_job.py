@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blocksparse.export import ExportReport, export_file
 from blocksparse.pipeline.console import console, key_values, say
-from blocksparse.pipeline.setup import export_block
+from blocksparse.pipeline.setup import check_export, export_block
 from blocksparse.pipeline.source import Source, find
 from blocksparse.sparsity import Pattern, checkpoint_patterns
 
@@ -39,11 +39,8 @@ def run(cfg: DictConfig) -> ExportReport:
     ValueError
         The configuration, the weights or the network cannot be used; the text says why.
     """
+    check_export(cfg)
     block = export_block(cfg)
-    if cfg.export.images < 1:
-        raise ValueError(
-            f"export.images={cfg.export.images}: at least one image is needed to verify the file"
-        )
     source = find(cfg)
     data = source.data
     images, origin = _images(source, cfg.export.images, cfg.seed)

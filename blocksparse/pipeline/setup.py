@@ -21,6 +21,7 @@ __all__ = [
     "build_data",
     "build_network",
     "check",
+    "check_export",
     "export_block",
     "is_first_process",
     "is_set",
@@ -113,6 +114,21 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
+def check_export(cfg: DictConfig) -> None:
+    """Refuse what the export is bound to fail at.
+
+    Raises
+    ------
+    ValueError
+        If no image is left to verify on, or the block is none.
+    """
+    if cfg.export.images < 1:
+        raise ValueError(
+            f"export.images={cfg.export.images}: at least one image is needed to verify the file"
+        )
+    export_block(cfg)
+
+
 def export_block(cfg: DictConfig) -> tuple[int, int] | None:
     """Return the block shape that ``export.block`` asks for, None for that of the pruning.
 
@@ -181,11 +197,7 @@ def check(cfg: DictConfig) -> None:
             f"export.val_batches={cfg.export.val_batches}: the report needs the accuracy on at "
             "least 1 batch; null takes all"
         )
-    if cfg.export.images < 1:
-        raise ValueError(
-            f"export.images={cfg.export.images}: at least one image is needed to verify the file"
-        )
-    export_block(cfg)
+    check_export(cfg)
     passes = OmegaConf.select(cfg, "permutation.passes")
     if passes is not None and passes < 1:
         raise ValueError(f"permutation.passes={passes}: at least 1")

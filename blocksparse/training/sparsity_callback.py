@@ -246,7 +246,8 @@ class SparsityCallback(Callback):
             )
         self._total_steps = max(int(total), 1) if math.isfinite(total) else 1
         # Masks made without training, or read from a checkpoint, are those of the first process.
-        state = trainer.strategy.broadcast(self.state_dict() if self.masks else {}, src=0)
+        made = self.state_dict() if self._ramp.masked.packed else {}
+        state = trainer.strategy.broadcast(made, src=0)
         if not trainer.is_global_zero and state:
             self._made = Ramp(Plan.from_json(state["plan"]), self.updates, state)
         ramp, network = self._ramp, self._network(pl_module)
