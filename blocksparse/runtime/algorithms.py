@@ -164,7 +164,7 @@ class Memory:
     """
 
     def __init__(self, target: Target) -> None:
-        digest = hashlib.sha256(f"5 {describe(target)} {target.features}".encode()).hexdigest()
+        digest = hashlib.sha256(f"6 {describe(target)} {target.features}".encode()).hexdigest()
         self.path: Path = cache_folder() / f"layers-{digest[:16]}.json"
 
     def read(self) -> dict[str, dict[str, float]]:

@@ -23,11 +23,11 @@ class Trace:
     steps : list of Step
         What ran, in order.
     step_ns : ndarray of int64, shape (steps,)
-        Nanoseconds from the end of the step before to the end of this one, as the calling thread
-        saw it, waiting for other threads included.
+        Nanoseconds from the end of the step before to the end of this one, waiting for other
+        threads included. A step ends when the first thread sees that it has.
     busy_ns : ndarray of int64, shape (threads, steps)
-        Nanoseconds each thread worked on the step; the calling thread comes first. A helper that
-        came late or never has zeros.
+        Nanoseconds each thread worked on the step before its end; the calling thread comes first.
+        A thread that came late has zeros until then.
     """
 
     steps: list[Step]
@@ -49,9 +49,13 @@ def blank_times(steps: Steps, threads: int) -> list[npt.NDArray[np.int64]]:
 
 def trace(steps: Steps, times: list[npt.NDArray[np.int64]]) -> Trace:
     """Read what the threads noted, the calling thread first."""
-    done = np.stack(times)
-    busy = np.where(done[:, 1:, 0] > 0, done[:, 1:, 0] - done[:, :-1, 1], 0)
-    return Trace(steps.steps, np.diff(done[0, :, 1]), busy)
+    own, seen = np.moveaxis(np.stack(times), 2, 0)  # each (threads, steps + 1)
+    came = seen > 0
+    # No single thread tells when steps ended: one that loses its core for a while finds several
+    # done when it is back, and would give the first of them its absence and the others no time.
+    ends = np.where(came, seen, np.iinfo(np.int64).max).min(axis=0)
+    busy = np.minimum(own[:, 1:], ends[1:]) - seen[:, :-1]
+    return Trace(steps.steps, np.diff(ends), np.where(came[:, 1:], np.maximum(busy, 0), 0))
 
 
 UNTIMED = np.zeros((0, 2), np.int64)
