@@ -79,14 +79,24 @@ CASES = {
 
 @pytest.mark.parametrize("lanes", LANES)
 @settings(max_examples=100)
-@given(case=st.builds(case_of, **CASES), seed=st.integers(0, 9), threads=st.integers(1, 3))
-def test_small_integers_stay_integers(lanes, case, seed, threads):
+@given(
+    case=st.builds(case_of, **CASES),
+    seed=st.integers(0, 9),
+    threads=st.integers(1, 3),
+    planes_bytes=st.sampled_from([0, bands.PLANES_BYTES]),
+)
+def test_small_integers_stay_integers(lanes, case, seed, threads, planes_bytes):
+    """With 0, row tiles go through the planes in twos."""
     rng = np.random.default_rng(seed)
     weights = case.weights(lambda *shape: rng.integers(-1, 2, shape))
     bias = rng.integers(-2, 3, case.outputs).astype(np.float32)
     x = rng.integers(-1, 2, (case.batch, case.channels, *case.image)).astype(np.float32)
     engine = tiled(case.model(weights, bias), lanes)
-    got, plan, memory = run_over(engine, x, SENTINEL, threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bands, "PLANES_BYTES", planes_bytes)
+        patch.setattr(bands, "TOGETHER", 2)
+        got, plan, memory = run_over(engine, x, SENTINEL, threads)
+    assert set(products_of(plan)[:, records.TOGETHER]) == {1 if planes_bytes else 2}
     assert np.abs(got - case.expected(x, weights, bias)).max() < 0.01
     assert_nothing_else_written(memory, plan, case.batch)
     assert_zeros_around(memory, plan, records.TILES_CONV, case.batch)
@@ -301,11 +311,16 @@ def test_units_hold_as_many_rows_as_their_lanes_allow(lanes, image, groups, alon
     assert record[records.TILE_ROWS_ALL] == 2 * down * along
 
 
-def test_large_layers_are_cut_into_bands_that_stay_in_cache():
-    """The transformed input of a band is at most as large as asked for; every unit is in one."""
+@pytest.mark.parametrize(("lanes", "least"), [(16, 1), (8, 2)])
+def test_large_layers_are_cut_into_bands_that_stay_in_cache(lanes, least):
+    """Bands are as large as asked for, or the least that keeps the multiply-adds busy."""
     b = Builder((16, 40, 70))
-    b.conv("x", 4)
-    (record,) = products_of(tiled(b.model(), 16)._plan(2, 1).plan)
+    b.conv("x", 4 if lanes == 8 else 8)
+    engine = tiled(b.model(), lanes)
+    (record,) = products_of(engine._plan(2, 1).plan)
+    (step,) = (step for step in engine.steps.steps if step.op == records.TILES_CONV)
+    assert (step.packed.rows < bands.FULL_ROWS) == (least == 2)
     band, units = record[records.BAND], record[records.TILE_ROWS_ALL]
-    assert 4 * 36 * 16 * 16 * band <= max(bands.BAND_BYTES, 4 * 36 * 16 * 16)
+    assert 4 * 36 * 16 * lanes * band <= max(bands.BAND_BYTES, 4 * 36 * 16 * lanes * least)
+    assert band >= least
     assert record[records.ITEMS] // record[records.PARTS_COUNT] == -(-units // band)

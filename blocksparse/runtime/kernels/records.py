@@ -19,10 +19,10 @@ WINOGRAD, TILES_CONV = 10, 11  # Winograd down the columns, and in both directio
 OP, ITEMS = 0, 1
 CHUNK = 2  # rows of all images, or channels, that one work item of a move covers
 BY_CHANNELS = 31  # whether it is channels
-SOURCE, TARGET = 32, 40  # each a `Layout`, 8 columns
-OTHER = 48  # `Layout` of the residual or second operand; base -1: none
-COMPUTE = 56  # address of the function that computes an item, see `loops`
-FIELDS = 57
+SOURCE, TARGET = 33, 41  # each a `Layout`, 8 columns
+OTHER = 49  # `Layout` of the residual or second operand; base -1: none
+COMPUTE = 57  # address of the function that computes an item, see `loops`
+FIELDS = 58
 
 
 class Layout(NamedTuple):
@@ -83,6 +83,7 @@ SUMS_PLANE, SUMS_ROW = 25, 26  # the same for the products of one row tile
 STEP_BYTES = 27  # weights of one kernel step
 # for tiles in both directions: tile rows are units, and
 GROUPS, UNITS_ROW, PAD_LEFT = 28, 29, 30  # tile rows of a unit, units along a row
+TOGETHER = 32  # row tiles that go through the planes together
 
 HEADER = 64
 """Bytes at the start of the scratch memory: which band of which step its planes hold."""

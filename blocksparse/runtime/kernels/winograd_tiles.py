@@ -30,27 +30,46 @@ def tiles_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int)
             _planes(memory_at, step, unit, planes + (unit - first) * vector)
         store(scratch_at, tag)
     sums = planes + 4 * PLANES * PLANES * step[r.PLANE]
-    for tile in range(tables[step[r.PARTS] + part], tables[step[r.PARTS] + part + 1]):
-        at = step[r.TILES] + tile * r.TILE_FIELDS
-        count = tables[at + r.TILE_COUNT]
-        unit = first
-        while unit < last:
+    start, end = tables[step[r.PARTS] + part], tables[step[r.PARTS] + part + 1]
+    while start < end:
+        stop = min(end, start + step[r.TOGETHER])
+        for unit in range(first, last, r.UNITS):
             width = min(r.UNITS, last - unit)
+            _products(step, tables, start, stop, planes + (unit - first) * vector, width, sums)
+            for one in range(width):
+                _outputs(
+                    memory, memory_at, step, tables, start, stop, unit + one, sums + one * vector,
+                    batch,
+                )  # fmt: skip
+        start = stop
+
+
+@loop
+def _products(
+    step: Any, tables: Any, start: int, stop: int, planes: int, width: int, sums: int
+) -> None:
+    """Multiply the planes of up to `UNITS` units by the weights of some row tiles.
+
+    One row tile takes all planes in one call. Several take a plane after the other, so that the
+    first-level cache holds its inputs for all of them.
+    """
+    at_once = PLANES * PLANES if stop - start == 1 else 1
+    for plane in range(0, PLANES * PLANES, at_once):
+        for tile in range(start, stop):
+            at = step[r.TILES] + tile * r.TILE_FIELDS
+            count = tables[at + r.TILE_COUNT]
+            weights = count * step[r.STEP_BYTES]  # of one plane
+            place = (tile - start) * PLANES * PLANES + plane
             call(
                 step[r.KERNELS + width - 1],
                 (
-                    planes + (unit - first) * vector, tables[at + r.TILE_VALUES],
-                    tables[at + r.TILE_OFFSETS], count, 4 * step[r.PLANE_CHANNEL], sums,
-                    4 * step[r.SUMS_ROW], PLANES * PLANES, 4 * step[r.PLANE],
-                    count * step[r.STEP_BYTES], 4 * step[r.SUMS_PLANE],
+                    planes + 4 * plane * step[r.PLANE],
+                    tables[at + r.TILE_VALUES] + plane * weights,
+                    tables[at + r.TILE_OFFSETS], count, 4 * step[r.PLANE_CHANNEL],
+                    sums + 4 * place * step[r.SUMS_PLANE], 4 * step[r.SUMS_ROW], at_once,
+                    4 * step[r.PLANE], weights, 4 * step[r.SUMS_PLANE],
                 ),
             )  # fmt: skip
-            for one in range(width):
-                _outputs(
-                    memory, memory_at, step, unit + one, tables[at + r.TILE_FIRST],
-                    tables[at + r.TILE_ROWS], sums + one * vector, batch,
-                )  # fmt: skip
-            unit += width
 
 
 @loop
@@ -79,32 +98,38 @@ def _planes(memory_at: int, step: Any, unit: int, planes: int) -> None:
 
 @loop
 def _outputs(
-    memory: Any, memory_at: int, step: Any, unit: int, k: int, channels: int, sums: int, batch: int
-) -> None:
+    memory: Any, memory_at: int, step: Any, tables: Any, start: int, stop: int, unit: int,
+    sums: int, batch: int,
+) -> None:  # fmt: skip
+    """Transform the sums of some row tiles back, for one unit."""
     b, other = view(step, r.TARGET), view(step, r.OTHER)
     n, y, v = _place(step, unit)
     rows = min(OUTPUTS * step[r.GROUPS], b.height - y)
     column = v * OUTPUTS * step[r.LANES]
-    residual = 0
-    if other.base >= 0:
-        at = other.base + k * other.channel + n * other.image + y * other.row + column
-        residual = memory_at + 4 * at
-    start = b.base + k * b.channel + n * b.image + y * b.row + column
-    call(
-        step[r.OUTPUT_KERNEL],
-        (
-            sums, 4 * step[r.SUMS_PLANE], 4 * step[r.SUMS_ROW],
-            memory_at + 4 * start, 4 * b.row, 4 * b.channel,
-            residual, 4 * other.row, 4 * other.channel, step[r.BIAS] + 4 * k,
-            step[r.WITHIN] + v * 2 * OUTPUTS * max(1, step[r.LANES] // 8), rows, step[r.BOUNDS],
-            channels,
-        ),
-    )  # fmt: skip
-    if v == step[r.UNITS_ROW] - 1:
-        covered = step[r.UNITS_ROW] * OUTPUTS * step[r.LANES] // step[r.GROUPS]
-        if covered < b.row:  # the padding columns lie beyond the last tile
-            for channel in range(k, k + channels):
-                for line in range(y, y + rows):
-                    at = b.base + channel * b.channel + n * b.image + line * b.row
-                    memory[at + covered : at + b.row] = 0
-        zero_ends(memory, b, k, k + channels, n, y, rows, batch)
+    covered = step[r.UNITS_ROW] * OUTPUTS * step[r.LANES] // step[r.GROUPS]
+    for tile in range(start, stop):
+        at = step[r.TILES] + tile * r.TILE_FIELDS
+        k, channels = tables[at + r.TILE_FIRST], tables[at + r.TILE_ROWS]
+        residual = 0
+        if other.base >= 0:
+            beside = other.base + k * other.channel + n * other.image + y * other.row + column
+            residual = memory_at + 4 * beside
+        to = b.base + k * b.channel + n * b.image + y * b.row + column
+        call(
+            step[r.OUTPUT_KERNEL],
+            (
+                sums + 4 * (tile - start) * PLANES * PLANES * step[r.SUMS_PLANE],
+                4 * step[r.SUMS_PLANE], 4 * step[r.SUMS_ROW],
+                memory_at + 4 * to, 4 * b.row, 4 * b.channel,
+                residual, 4 * other.row, 4 * other.channel, step[r.BIAS] + 4 * k,
+                step[r.WITHIN] + v * 2 * OUTPUTS * max(1, step[r.LANES] // 8), rows,
+                step[r.BOUNDS], channels,
+            ),
+        )  # fmt: skip
+        if v == step[r.UNITS_ROW] - 1:
+            if covered < b.row:  # the padding columns lie beyond the last tile
+                for channel in range(k, k + channels):
+                    for line in range(y, y + rows):
+                        pixels = b.base + channel * b.channel + n * b.image + line * b.row
+                        memory[pixels + covered : pixels + b.row] = 0
+            zero_ends(memory, b, k, k + channels, n, y, rows, batch)
