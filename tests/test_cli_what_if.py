@@ -62,7 +62,7 @@ def test_layers_can_be_left_dense_or_not(file, tmp_path, capsys):
     assert [layer["name"] for layer in json.loads(target.read_text())["layers"]] == ["fc"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_network_by_name_is_built_in_a_process_of_its_own(capsys):
     options = ("--size", "8", "--rounds", "1", "--sparsity", "0.5", "--threads", "1")
     status, out, err = call(capsys, "what-if", "resnet8", *options)
@@ -71,7 +71,7 @@ def test_a_network_by_name_is_built_in_a_process_of_its_own(capsys):
     assert "left dense, first convolution: conv1" in out
 
 
-@pytest.mark.slow  # imports PyTorch in a process of its own only to find nothing
+@pytest.mark.long  # imports PyTorch in a process of its own only to find nothing
 def test_a_name_of_no_network_is_one_line_with_near_ones(capsys):
     status, out, err = call(capsys, "what-if", "resnet2O")
     assert (status, out) == (1, "")
@@ -142,6 +142,7 @@ def test_break_even_in_words():
 # the process that builds a network by its name
 
 
+@pytest.mark.slow
 def test_an_untrained_network_has_the_size_it_was_made_for(tmp_path):
     path = tmp_path / "model.bsr.safetensors"
     assert untrained.main(["resnet8", str(path)]) == 0

@@ -27,8 +27,10 @@ PLACES = {"optimizer": ["optimizer@dense.optimizer", "optimizer@sparse.optimizer
 SMALLEST = {"inception_v3": 299}
 
 
+# Seconds each where the others take one.
+SLOW = {"cifar10_resnet18_block8x8", "imagenet_resnet50_block8x8"}
 # Half a minute and more together on one core.
-SLOW = {
+LONG = {
     "imagenet_inception_v3_block8x8",
     "imagenet_resnet50_nm24",
     "imagenet_vgg16_block8x8",
@@ -70,9 +72,11 @@ def test_experiment_says_how_to_run_it(name: str) -> None:
     assert composed(f"experiment={name}").name == name
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in EXPERIMENTS]
-)
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] * (name in SLOW) + [pytest.mark.long] * (name in LONG)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in EXPERIMENTS])
 def test_experiment_takes_training_steps(name: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     cfg = composed(f"experiment={name}", "model.weights=null")

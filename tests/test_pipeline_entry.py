@@ -203,6 +203,7 @@ def mistaken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Mistaken]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", MISTAKES)
 def test_mistake_is_one_line_and_leaves_nothing_behind(
     mistaken: dict[str, Mistaken], override: str
@@ -215,6 +216,7 @@ def test_mistake_is_one_line_and_leaves_nothing_behind(
     assert not list(done.folder.iterdir())
 
 
+@pytest.mark.slow
 def test_mistake_leaves_the_folder_of_a_run_alone(mistaken: dict[str, Mistaken]) -> None:
     done = mistaken["seed=4"]
     assert done.status == 1
@@ -225,7 +227,7 @@ def test_mistake_leaves_the_folder_of_a_run_alone(mistaken: dict[str, Mistaken])
     assert (folder / "config.yaml").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_first_command_prints_only_its_own(tmp_path: Path) -> None:
     done = train("experiment=smoke", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
@@ -237,7 +239,7 @@ def test_first_command_prints_only_its_own(tmp_path: Path) -> None:
     assert json.loads(report.read_text())["command"] == "python train.py experiment=smoke"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_failing_job_leaves_the_rest_of_a_sweep_alone(tmp_path: Path) -> None:
     done = train("-m", "experiment=smoke", "sparsity.target=0.5,0.999,0.75", cwd=tmp_path)
     assert done.returncode != 0

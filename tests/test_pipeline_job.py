@@ -176,9 +176,9 @@ def test_logs_hold_the_figures(whole: tuple[RunFolder, Report]) -> None:
 @pytest.mark.parametrize(
     ("stage", "step", "every", "saved"),
     [
-        ("dense", 8, "epoch", 6),
+        pytest.param("dense", 8, "epoch", 6, marks=pytest.mark.slow),
         ("sparse", 3, "step", 2),  # on the ramp, within an epoch
-        pytest.param("sparse", 9, "step", 8, marks=pytest.mark.slow),  # after the ramp
+        pytest.param("sparse", 9, "step", 8, marks=pytest.mark.long),  # after the ramp
     ],
 )
 def test_goes_on_where_it_was_broken_off(
@@ -212,6 +212,7 @@ def test_goes_on_where_it_was_broken_off(
     assert int(rows(folder, stage)[0]["step"]) == 0
 
 
+@pytest.mark.slow
 def test_finished_run_is_only_measured_again(
     whole: tuple[RunFolder, Report], tmp_path: Path
 ) -> None:
@@ -229,6 +230,7 @@ def test_finished_run_is_only_measured_again(
     assert not (folder.path / "logs" / "sparse_2").exists()
 
 
+@pytest.mark.slow
 def test_given_weights_replace_the_dense_training(
     whole: tuple[RunFolder, Report], tmp_path: Path
 ) -> None:
@@ -240,6 +242,7 @@ def test_given_weights_replace_the_dense_training(
         assert torch.equal(value, weights(whole[0], "sparse")[name]), name
 
 
+@pytest.mark.slow
 def test_an_interrupted_second_pruning_is_gone_on_with(
     whole: tuple[RunFolder, Report], tmp_path: Path
 ) -> None:
@@ -260,6 +263,7 @@ def test_an_interrupted_second_pruning_is_gone_on_with(
     assert any(not torch.equal(old[k], v) for k, v in weights(folder, "sparse").items())
 
 
+@pytest.mark.slow
 def test_teacher_has_the_order_of_the_permuted_network(tmp_path: Path) -> None:
     cfg = configuration("permutation=greedy", "sparse.epochs=1", "distillation.features=1")
     folder = RunFolder(tmp_path)
@@ -277,7 +281,7 @@ def test_teacher_has_the_order_of_the_permuted_network(tmp_path: Path) -> None:
     assert any(errors)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_permuted_run_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
     permuted = ["permutation=greedy", "dense.epochs=1", "distillation.features=1"]
     folder = RunFolder(tmp_path / "whole")
@@ -298,7 +302,7 @@ def test_permuted_run_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
             assert torch.equal(value, weights(folder, name)[key]), (name, key)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_default_job_reaches_its_accuracy(tmp_path: Path) -> None:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("train")

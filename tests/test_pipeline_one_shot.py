@@ -77,6 +77,7 @@ def test_prunes_without_training(untrained: tuple[RunFolder, Report]) -> None:
     assert folder.checkpoint("sparse").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_training_keeps_the_masks_from_its_first_step(
     untrained: tuple[RunFolder, Report], tmp_path: Path
 ) -> None:
@@ -111,7 +112,7 @@ def test_calibration_is_checked_before_anything_is_written() -> None:
         check(configuration("calibration=none"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resnet56_without_training(tmp_path: Path) -> None:
     """8x8 per position at 30 %: magnitude, with zeros put in and no more, has 66 % right."""
     root, weights = (

@@ -27,7 +27,7 @@ def train(*overrides: str, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_make_one_run_and_go_on_with_it(tmp_path: Path) -> None:
     two = ["trainer=cpu", "trainer.devices=2", "trainer.limit_train_batches=5"]
     short = ["dense.epochs=1", "sparse.epochs=1", "report.rounds=3", "model.widths=[8,16,32]"]

@@ -134,6 +134,7 @@ def test_decisions_never_see_validation_images(weights: Path) -> None:
     assert len(flat.unique(dim=0)) > 0.99 * len(flat)  # each image once, but for twins in the data
 
 
+@pytest.mark.slow
 def test_broken_scan_goes_on(
     scanned: RunFolder, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +154,7 @@ def test_broken_scan_goes_on(
         assert (tmp_path / name).read_bytes() == (scanned.path / name).read_bytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -231,6 +233,7 @@ def allocated(
     return folder
 
 
+@pytest.mark.slow
 def test_allocation_keeps_its_budget(allocated: RunFolder) -> None:
     assert {path.name for path in allocated.path.iterdir()} == {
         "config.yaml",
@@ -253,6 +256,7 @@ def test_allocation_keeps_its_budget(allocated: RunFolder) -> None:
             assert line["predicted_ms"] <= ours["predicted_ms"] * (1 + 2e-3)
 
 
+@pytest.mark.slow
 def test_training_takes_the_allocation(allocated: RunFolder, weights: Path) -> None:
     path = allocated.path / "allocation.yaml"
     cfg = configuration("sparsity/allocation=file", f"sparsity.allocation.path={path}")
@@ -274,6 +278,7 @@ def dense_model(weights: Path) -> Model:
     return export_model(build_network(cfg, data), data.input_shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -326,7 +331,7 @@ def typed(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tasks_can_be_typed(weights: Path, tmp_path: Path) -> None:
     done = typed("task=sensitivity", *SMALL, cwd=tmp_path)
     assert done.returncode == 1

@@ -48,6 +48,7 @@ def test_cifar_resnet(tmp_path):
     assert report.ratio < 0.6
 
 
+@pytest.mark.slow
 def test_squeezenet(tmp_path):
     model = randomized(torchvision.models.squeezenet1_1(num_classes=12))
     prune_groups(model, 2, 4)

@@ -53,6 +53,7 @@ def make_run(folder: Path, seed: int = 0) -> torch.nn.Module:
     return trained
 
 
+@pytest.mark.slow
 def test_the_latest_run_is_the_default(export, tmp_path):
     make_run(tmp_path / "runs" / "a" / "2030-01-01", seed=1)
     latest = make_run(tmp_path / "runs" / "b" / "2029-01-01", seed=2)
@@ -71,7 +72,7 @@ def test_the_latest_run_is_the_default(export, tmp_path):
     assert (tmp_path / "reports" / "report.json").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_can_be_named_by_its_folder_or_a_checkpoint_in_it(export, tmp_path):
     folder = tmp_path / "elsewhere"
     make_run(folder)
@@ -85,6 +86,7 @@ def test_a_run_can_be_named_by_its_folder_or_a_checkpoint_in_it(export, tmp_path
     assert torch.equal(torch.from_numpy(stored), dense.linear.weight.detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", ["dense", "last_sparse"])
 def test_another_checkpoint_of_a_run_leaves_the_file_of_the_run_alone(export, tmp_path, stem):
     folder = tmp_path / "run"
@@ -99,6 +101,7 @@ def test_another_checkpoint_of_a_run_leaves_the_file_of_the_run_alone(export, tm
     assert report.path.resolve() == folder / "model.bsr.safetensors"
 
 
+@pytest.mark.slow
 def test_any_checkpoint_is_exported_on_random_images(export, capsys):
     save_file(network().state_dict(), "net.safetensors")
     report = export(
@@ -114,7 +117,7 @@ def test_any_checkpoint_is_exported_on_random_images(export, capsys):
     assert "random images, as no data was named" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkpoint_is_exported_on_named_data(export, capsys):
     torch.save(network().state_dict(), "net.pth")
     report = export(
@@ -124,7 +127,7 @@ def test_a_checkpoint_is_exported_on_named_data(export, capsys):
     assert "3 validation images" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_block_key(export, tmp_path):
     make_run(tmp_path / "runs" / "a" / "b")
     report = export("export.block=[4,8]", "export.val_batches=0")
@@ -178,7 +181,7 @@ def test_errors_say_what_is_there(tmp_path, monkeypatch, overrides, message):
     assert not list(tmp_path.rglob("*.bsr.safetensors*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_line(tmp_path):
     make_run(tmp_path / "runs" / "a" / "b")
     command = [sys.executable, str(ROOT / "export.py")]

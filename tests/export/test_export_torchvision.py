@@ -17,7 +17,7 @@ from blocksparse.runtime.tolerance import tolerance
 from blocksparse.training import ResNetCifar, build_model
 from blocksparse.training.data import ImageFolder
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def no_init(name: str, **options) -> nn.Module:

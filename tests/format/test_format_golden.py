@@ -108,14 +108,14 @@ def test_damage(tmp_path):
     path = golden("v1")
     raw, original = path.read_bytes(), read(path)
     rng = np.random.default_rng(2024)
-    fates = [survives(tmp_path / "bad", damaged(raw, rng), original) for _ in range(800)]
+    fates = [survives(tmp_path / "bad", damaged(raw, rng), original) for _ in range(300)]
     count = {fate: fates.count(fate) for fate in ("refused", "equal", "other")}
     # Most injuries must be noticed; values of weights and free text cannot be told from others.
-    assert count["refused"] > 400
-    assert count["other"] > 50
+    assert count["refused"] > 150
+    assert count["other"] > 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_byte_damaged(tmp_path):
     path = golden("v1")
     raw, original = path.read_bytes(), read(path)

@@ -37,6 +37,7 @@ def made(tmp_path_factory):
         yield ready
 
 
+@pytest.mark.slow
 def test_all_engines_compute_the_same_and_are_timed(made):
     engines, left_out = build_engines(made, SETTING, ["torch-compile", "deepsparse"])
     rows = measure(made, engines, batch=3, rounds=2, seconds=0)
@@ -116,6 +117,7 @@ def run_small(folder, *options):
     return compare.main([*small, "--threads", "1", "--output", str(folder), *options])
 
 
+@pytest.mark.slow
 def test_pages_and_summary_are_written(tmp_path, capsys):
     folder = tmp_path / "new" / "results"
     assert run_small(folder, "--batch", "1", "2", "1", "--without", "torch-compile") == 0
@@ -153,14 +155,14 @@ def test_sparsity_is_a_share(text, capsys):
     assert "such as 0.75 for 75 %" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_pytorch_takes_part(tmp_path):
     assert run_small(tmp_path) == 0
     [facts] = tmp_path.glob("*.json")
     assert "torch-compile" in {cells["kind"] for cells in json.loads(facts.read_text())["rows"]}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiler_that_fails_is_said_and_the_rest_goes_on(made, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
@@ -170,7 +172,7 @@ def test_compiler_that_fails_is_said_and_the_rest_goes_on(made, tmp_path, monkey
     assert left_out[0].startswith("torch-compile is left out, it failed: ")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resnet50_at_75_percent_is_twice_as_fast_as_dense_eager(tmp_path):
     options = ["--sparsity", "0.75", "--without", "torch-compile", "--output", str(tmp_path)]
     assert compare.main(options) == 0

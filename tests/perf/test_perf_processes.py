@@ -38,14 +38,14 @@ def test_parts_of_a_start_add_up():
     assert parts[startup.WHOLE] > parts["import blocksparse"] + both > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_first_time_compiles():
     startup.process(GOLDEN, threads=1)
     cached, first = startup.process(GOLDEN, 1), startup.first_ever(GOLDEN, 1)
     assert first["load and first image"] > 2 * cached["load and first image"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("script", [memory, startup])
 def test_scripts_show_their_table(script, capsys):
     options = ["--model", "resnet8", "--runs", "1", "--threads", "1"]

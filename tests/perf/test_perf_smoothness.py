@@ -54,6 +54,7 @@ def layer(kernel, channels=128, size=14):
 # what the ratios are made from
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [11, 12, 17, 30])
 def test_a_resized_model_computes_what_the_network_computes(size):
     network = small()
@@ -114,6 +115,7 @@ def test_shares_know_who_waits():
 # the ratios
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_one_layer_takes_as_long_per_image_at_any_batch(kernel):
     model = layer(kernel)
@@ -146,7 +148,7 @@ def two_cores():
         pytest.skip("compares two threads with one, which needs two cores; this process has one")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("two_cores")
 def test_no_batch_of_a_network_falls_off_a_cliff(resnet18):
     calls = [Call(resnet18, batch, 2) for batch in BATCHES]
@@ -155,7 +157,7 @@ def test_no_batch_of_a_network_falls_off_a_cliff(resnet18):
     assert found[BATCH - 1].each < BETTER * found[0].each
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("two_cores")
 def test_no_size_of_a_network_falls_off_a_cliff(resnet18):
     calls = [Call(resized(resnet18, size), 1, 2) for size in SIZES]
@@ -163,7 +165,7 @@ def test_no_size_of_a_network_falls_off_a_cliff(resnet18):
     assert max(point.ratio for point in found) < CLIFF, found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("two_cores")
 def test_a_second_thread_helps(resnet18):
     alone, batch = scaling(resnet18, (1, BATCH), 2, rounds=20)

@@ -213,7 +213,7 @@ def test_the_generic_processor_has_the_features_asked_for(monkeypatch):
     assert host().lanes == 8
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_kept_runs_without_the_compilers(tmp_path):
     """The first process compiles and says so; the second has the same bits and no Numba."""
     (first, *compilers), said = run(tmp_path)
@@ -234,7 +234,7 @@ def test_what_is_kept_runs_without_the_compilers(tmp_path):
     assert "compiles its kernels" in said, "another processor has objects of its own"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_a_writable_cache_everything_still_runs(tmp_path):
     (tmp_path / "file").write_text("")
     _, said = run(tmp_path / "file")

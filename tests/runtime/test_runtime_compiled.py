@@ -282,6 +282,7 @@ def test_old_batch_sizes_are_dropped():
     assert len(network.engine._ready) == PLANS
 
 
+@pytest.mark.slow
 def test_too_large_a_batch_says_so():
     b = Builder((64, 64, 64))
     b.conv("x", 256)

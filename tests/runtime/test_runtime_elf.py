@@ -158,7 +158,7 @@ def test_where_it_refuses_llvm_links(refusing, caplog):
         assert "entry is linked by LLVM: told to" in caplog.text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_network_linked_by_llvm(refusing):
     network = load(GOLDEN, engine="compiled", threads=2)
     images = randoms(2, *network.input_shape)

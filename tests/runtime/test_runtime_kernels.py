@@ -95,7 +95,7 @@ def test_a_cache_that_cannot_be_written_only_warns(tmp_path, monkeypatch, caplog
     assert "not kept" in caplog.text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif("x86" not in host().triple, reason="switches off AVX-512")
 def test_the_runtime_without_avx512(tmp_path):
     """The same tests, compiled for a processor with AVX2 only and with neither."""

@@ -56,6 +56,7 @@ def test_an_error_in_an_item_is_told(threads):
             engine.run(x, threads)
 
 
+@pytest.mark.slow
 def test_a_helper_compiles_and_keeps_what_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)  # no checkout there
@@ -104,7 +105,7 @@ def test_processes_share_what_is_missing(monkeypatch, cores, mebibytes, processe
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["as it is", "frozen", "no such Python", "a Python that fails"])
 def test_first_process_compiles_with_helpers_and_without(tmp_path, case):
     broken = tmp_path / "python"

@@ -78,7 +78,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("lanes", LANES)
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     case=st.builds(case_of, **CASES),
     seed=st.integers(0, 9),
@@ -157,7 +157,7 @@ def error_bound(case, x, weights, bias):
     return error
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     case=st.builds(case_of, **CASES), seed=st.integers(0, 9),
     decades=st.sampled_from([0, 0, 3, 6]),

@@ -154,7 +154,7 @@ def integer_weights(rng):
 
 
 @pytest.mark.parametrize("lanes", LANES)
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(case=st.builds(case_of, **CASES), seed=st.integers(0, 9), threads=st.integers(1, 3))
 def test_integers_come_out_right(lanes, case, seed, threads):
     rng = np.random.default_rng(seed)

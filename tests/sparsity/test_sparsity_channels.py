@@ -251,13 +251,13 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "size"), ARCHITECTURES.items())
 def test_same_function_on_every_architecture(name, size):
     check(build_model(name, num_classes=10, input_shape=(3, size, size)), (3, size, size))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "size"), [("inception_v3", 299), ("googlenet", 96)])
 def test_auxiliary_classifiers_stay_the_same_function(name, size):
     network = randomized(build_model(name, num_classes=10, input_shape=(3, size, size)))

@@ -43,7 +43,7 @@ def by_definition(network: nn.Sequential, at: int, x: Tensor) -> Tensor:
     return squares.movedim(channel, 0).flatten(1).sum(1) / len(x)
 
 
-@pytest.mark.parametrize("at", [0, 2, 6, 9])
+@pytest.mark.parametrize("at", [0, 6, *(pytest.param(i, marks=pytest.mark.slow) for i in (2, 9))])
 def test_influence_is_the_mean_squared_jacobian(at: int) -> None:
     made = network().eval()
     one = images(1)

@@ -277,7 +277,7 @@ def test_zeros_complete_a_cover_in_order(rows, cols, positions, seed):
     assert {(int(r), int(c)) for r, c in np.argwhere(taken.any(2))} == pairs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_weight_of_a_large_layer_for_itself_is_fast():
     weight = torch.randn(2048, 4096, generator=torch.Generator().manual_seed(0))
     mask = layer_mask(weight, Unstructured(), 0.8, floors=Floors())

@@ -116,6 +116,7 @@ def test_sr_ste_is_what_the_paper_writes(pattern):
 patterns = st.sampled_from([Block(4, 4), Block(3, 2, shared=False), NM(1, 4), Unstructured()])
 
 
+@pytest.mark.slow
 @given(patterns, st.sampled_from([l2, taylor, movement]), st.integers(1, 3), st.integers(0, 9))
 @settings(max_examples=12, deadline=None)
 def test_a_ramp_taken_up_again_goes_on_alike_and_ends_in_exact_zeros(

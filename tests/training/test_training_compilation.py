@@ -65,7 +65,7 @@ def fit(
     return module
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_training_is_the_same_and_resumes(tmp_path):
     plain, whole = fit(tmp_path, False), fit(tmp_path, save=tmp_path / "middle.ckpt")
     again = fit(tmp_path, resume=tmp_path / "middle.ckpt")
@@ -81,7 +81,7 @@ def test_a_compiled_training_is_the_same_and_resumes(tmp_path):
     torch.testing.assert_close(copied(images), whole.eval()(images), rtol=0, atol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_steps_run_compiled_and_validation_does_not(monkeypatch, tmp_path):
     plain = []
     forward = Small.forward
@@ -96,6 +96,7 @@ def test_steps_run_compiled_and_validation_does_not(monkeypatch, tmp_path):
     assert plain == [(24, False)] * 3  # Lightning's check of validation, and two epochs
 
 
+@pytest.mark.slow
 def test_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
     with fresh_cache(), pytest.raises(ValueError, match=r"compile_steps=true, but.*C\+\+ compiler"):

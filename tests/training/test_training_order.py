@@ -107,7 +107,7 @@ def test_ranks_share_the_batches():
     assert len(set(samples)) == 18
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workers_make_the_same_batches():
     order = EpochOrder(20, 3, 1, shuffle=True)
     assert read(EpochLoader(Keys(20), order, num_workers=2)) == read(EpochLoader(Keys(20), order))

@@ -99,18 +99,21 @@ def test_from_every_kind_of_checkpoint(tmp_path):
     check_all(tmp_path, least=12)
 
 
+@pytest.mark.slow
 def test_with_validation_inside_the_epoch(tmp_path):
     check_all(tmp_path, least=12, val_check_interval=2)
 
 
+@pytest.mark.slow
 def test_with_half_accumulated_gradients(tmp_path):
     check_all(tmp_path, least=12, accumulate_grad_batches=2)
 
 
+@pytest.mark.slow
 def test_with_a_number_of_steps_instead_of_epochs(tmp_path):
     check_all(tmp_path, least=9, max_epochs=-1, max_steps=13)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_with_worker_processes(tmp_path):
     check_all(tmp_path, least=12, workers=2)

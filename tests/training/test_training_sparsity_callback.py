@@ -97,6 +97,7 @@ def test_masks_are_fixed_once_the_ramp_has_ended(tmp_path):
     assert ended["updated_at"] == final["updated_at"] == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_resuming_from_any_step_ends_in_the_same_weights(tmp_path, optimizer):
     settings = {"pattern": Block(4, 4, shared=False), "interval": 3}

@@ -183,7 +183,7 @@ pathlib.Path(sys.argv[1], f"rank{fit.global_rank}").write_text("done" if callbac
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["converge", "diverge"])
 def test_two_processes_have_the_same_masks(tmp_path, case):
     script = tmp_path / "two.py"

@@ -51,6 +51,7 @@ class Masked(Callback):
         self.handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "interval", "score"),
     [(NM(2, 4), 1, "l2"), (Block(4, 4), 2, "taylor"), (Block(4, 4, shared=False), 3, "movement")],
@@ -290,7 +291,7 @@ pathlib.Path(sys.argv[1], f"rank{fit.global_rank}").write_text("done")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("score", "interval"), [("l2", "1"), ("taylor", "2")])
 def test_two_processes_stay_alike(tmp_path, score, interval):
     script = tmp_path / "two.py"

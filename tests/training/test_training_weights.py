@@ -249,7 +249,7 @@ def published(name: str) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet44", "resnet56"])
 def test_published_cifar_resnets_load(name):
     path = published(name)
@@ -257,7 +257,7 @@ def test_published_cifar_resnets_load(name):
     assert set(load_file(path)) <= set(model.state_dict())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "accuracy"),
     [("resnet20", 0.9173), ("resnet32", 0.9263), ("resnet44", 0.9310), ("resnet56", 0.9339)],
