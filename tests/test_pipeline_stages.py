@@ -141,6 +141,10 @@ def test_accuracy_counts_images_not_batches() -> None:
         (["threads=0"], "threads=0"),
         (["dense.optimizer.lr=-1"], r"lr is -1"),
         (["distillation.weight=2"], r"distillation\.weight is 2"),
+        (
+            ["calibration=obs", "sparsity.backward=straight_through", "sparsity.update_until=1"],
+            "nothing is left for sparsity.backward=straight_through",
+        ),
     ],
 )
 def test_mistakes_show_before_anything_is_trained(overrides: list[str], message: str) -> None:

@@ -197,6 +197,11 @@ def check(cfg: DictConfig) -> None:
             f"export.val_batches={cfg.export.val_batches}: the report needs the accuracy on at "
             "least 1 batch; null takes all"
         )
+    if is_set(cfg.get("calibration")) and cfg.sparsity.backward == "straight_through":
+        raise ValueError(
+            "calibration makes masks that are final before the training, so nothing is left for "
+            "sparsity.backward=straight_through to learn: leave one of the two"
+        )
     check_export(cfg)
     passes = OmegaConf.select(cfg, "permutation.passes")
     if passes is not None and passes < 1:

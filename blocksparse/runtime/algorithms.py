@@ -22,6 +22,7 @@ from blocksparse.whole_file import write_whole
 
 from . import winograd
 from .kernels.cache import cache_folder
+from .kernels.objects import sources
 from .kernels.target import Target, describe
 
 _log = logging.getLogger(__name__)
@@ -160,11 +161,14 @@ class Memory:
     Parameters
     ----------
     target : Target
-        The processor; another one has a file of its own.
+        The processor; another one has a file of its own, as has every version of this code.
     """
 
     def __init__(self, target: Target) -> None:
-        digest = hashlib.sha256(f"6 {describe(target)} {target.features}".encode()).hexdigest()
+        # times of other code are not believed
+        code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+        key = f"{describe(target)} {target.features} {sources()}".encode()
+        digest = hashlib.sha256(b"\0".join([key, *code])).hexdigest()
         self.path: Path = cache_folder() / f"layers-{digest[:16]}.json"
 
     def read(self) -> dict[str, dict[str, float]]:

@@ -39,9 +39,10 @@ TOGETHER = 16
 FULL_ROWS = 8
 """Rows of a register tile that keep the multiply-adds busy at one vector.
 
-With fewer, each waits for the one before it: so bands hold `records.UNITS` units at least, which a
-tile takes together. With the four rows of AVX2, one core of a Zen 3: 256 channels of 14x14, dense,
-take 1.10 ms so and 1.91 with bands of one unit; 512 of 28x28, 16.0 and 26.4.
+With fewer, each waits for the one before it: so bands hold `records.UNITS` units, where so many
+are left, which a tile takes together. With the four rows of AVX2, one core of a Zen 3: 256
+channels of 14x14, dense, take 1.10 ms so and 1.91 with bands of one unit; 512 of 28x28, 16.0 and
+26.4.
 """
 
 
@@ -57,7 +58,7 @@ def cut(units: int, unit_bytes: int, in_halves: bool, least: int = 1) -> tuple[i
     in_halves : bool
         Whether threads share bands: then their number is even, where it can be.
     least : int
-        Units of a band that larger planes do not keep apart.
+        Units of a band, the last one aside, that larger planes do not keep apart.
 
     Returns
     -------

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blocksparse.sparsity.allocation import weights_for
+from blocksparse.sparsity.allocation import share_of, weights_for
 from blocksparse.sparsity.patterns import Pattern, Units
 from blocksparse.sparsity.plan import Plan
-from blocksparse.sparsity.scores import Score, l2
+from blocksparse.sparsity.scores import Score, l2, movement
 from blocksparse.sparsity.selection import Floors, keep_units, protect
 
 
@@ -49,7 +49,8 @@ def layer_mask(
     Raises
     ------
     ValueError
-        If the floors do not allow ``sparsity``, or a weight is not finite.
+        If the pattern cannot give ``sparsity``, the floors do not allow it, or a weight is not
+        finite.
 
     Examples
     --------
@@ -59,7 +60,7 @@ def layer_mask(
     """
     floors = floors or Floors(min_density=0.0, keep_channels=False)
     units = _finite_units(weight, pattern, score, "weight")
-    zeros = weights_for(min(sparsity / pattern.limit, 1.0), int(units.size.sum()))
+    zeros = weights_for(share_of(sparsity, pattern.limit), int(units.size.sum()))
     shape = tuple(weight.shape)
     protected = protect(pattern, shape, units.importance, units.size, floors, zeros)
     return units.mask(keep_units(units.importance, units.size, protected, zeros)).to(weight.device)
@@ -118,6 +119,10 @@ def _keep_globally(
     """Choose among the units of all layers at once; see `allocation.Global`."""
     relative = []
     for layer in plan.pruned:
+        if plan.score == movement:
+            # What the loss gains compares between layers, and has no zero to be a share of.
+            relative.append(units[layer.param].importance)
+            continue
         weight = weights[layer.param]
         terms = plan.score.terms(weight)
         scale = plan.score.root(terms.sum(), max(int(torch.count_nonzero(terms)), 1))

@@ -50,6 +50,12 @@ class Updates:
         if self.decay < 0.0:
             raise ValueError(f"sparsity.decay is {self.decay}; it cannot be negative")
         if self.until is None:
+            if self.straight_through and self.schedule.start == self.schedule.end:
+                raise ValueError(
+                    "sparsity.backward=straight_through with a schedule of one moment: masks are "
+                    "final from then on, so dropped weights never learn. Set "
+                    "sparsity.update_until=1.0, as SR-STE has it, or let the schedule take time"
+                )
             return
         if not self.straight_through:
             raise ValueError(

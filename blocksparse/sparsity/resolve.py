@@ -41,7 +41,7 @@ def resolve(
     network : nn.Module
         Its weights count only with ``initial="from_model"``.
     target : float
-        Sparsity of the prunable weights at the end, 0..1. 0 leaves every layer dense.
+        Sparsity of the prunable weights at the end, 0..1. 0 prunes nothing.
     pattern : Pattern, optional
         Default: `Block` of 8x8, shared over the kernel positions.
     score : Score
@@ -111,9 +111,7 @@ def resolve(
         candidate.name: (candidate, goal, start)
         for candidate, goal, start in zip(candidates, goals, starts, strict=True)
     }
-    rows = tuple(
-        _row(layer, by_name, target, pattern.limit, initial == FROM_MODEL) for layer in found
-    )
+    rows = tuple(_row(layer, by_name, target, pattern, initial == FROM_MODEL) for layer in found)
     total = sum(layer.zeros or 0 for layer in rows)
     if any(layer.zeros is None for layer in rows):
         share = weights_for(target / pattern.limit, sum(candidate.full for candidate in candidates))
@@ -144,7 +142,7 @@ def _row(
     layer: FoundLayer,
     by_name: Mapping[str, tuple[Candidate, int | None, int]],
     target: float,
-    limit: float,
+    pattern: Pattern,
     from_model: bool,
 ) -> LayerPlan:
     row = LayerPlan(layer.name, layer.kind, layer.shape, pruned=False, reason=layer.reason)
@@ -153,13 +151,15 @@ def _row(
     candidate, goal, start = by_name[layer.name]
     reason = ""
     if goal is not None:
-        if goal == 0:
+        if goal == 0 and not (from_model and start):
             return replace(row, reason=TARGET_ZERO)
-        if goal == candidate.most and goal < weights_for(target / limit, candidate.full):
+        if goal == candidate.most and goal < weights_for(target / pattern.limit, candidate.full):
             reason = "held back by the floors"
         if start > goal and from_model:
             reason = "already has this much"
             goal = start
+        if not reason and pattern.limit < 1.0 and goal < candidate.full:
+            reason = f"not all groups reach {pattern}: stored as dense"
         start = min(start, goal)
     return replace(row, pruned=True, reason=reason, start=start, zeros=goal)
 

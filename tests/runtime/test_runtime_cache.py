@@ -171,13 +171,13 @@ def test_another_compiler_or_switch_compiles_anew(tmp_path, monkeypatch):
     assert (kept(), kept()) == (1, 1)
     monkeypatch.setattr(objects, "compiler_versions", lambda: "newer")
     assert kept() == 2
-    before = objects._sources()
+    before = objects.sources()
     monkeypatch.setenv("NUMBA_BOUNDSCHECK", "1")
-    objects._sources.cache_clear()
-    assert objects._sources() != before
+    objects.sources.cache_clear()
+    assert objects.sources() != before
     monkeypatch.delenv("NUMBA_BOUNDSCHECK")
-    objects._sources.cache_clear()
-    assert objects._sources() == before
+    objects.sources.cache_clear()
+    assert objects.sources() == before
 
 
 def test_kept_files_can_be_read_by_others(tmp_path, monkeypatch):

@@ -13,10 +13,13 @@ from torch import nn
 from blocksparse.sparsity import (
     Block,
     Floors,
+    Global,
     GradientScores,
+    Layers,
     MaskedWeights,
     layer_mask,
     movement,
+    plan_masks,
     resolve,
     taylor,
 )
@@ -81,6 +84,33 @@ def test_movement_ranks_blocks_by_their_sums_whatever_the_signs():
     mask = layer_mask(ranked, Block(4, 4), 0.5, movement)
     kept = mask.reshape(2, 4, 3, 4)[:, 0, :, 0].reshape(-1)
     assert set(kept.nonzero().flatten().tolist()) == set(blocks.topk(3).indices.tolist())
+
+
+def test_movement_compares_layers_by_what_the_loss_gains():
+    """One weight far down in a layer says nothing about the others of that layer."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    plan = resolve(
+        model,
+        target=0.25,
+        pattern=Block(1, 1),
+        score=movement,
+        allocation=Global(),
+        layers=Layers(classifier_dense=False),
+        floors=Floors(0.0, False),
+    )
+    scores, generator = GradientScores(movement), torch.Generator().manual_seed(0)
+    for layer in model:
+        with torch.no_grad():
+            layer.weight.fill_(1.0)
+        layer.weight.grad = torch.rand(8, 8, generator=generator)
+    model[0].weight.grad[0, 0] = 100.0
+    weights = plan.weights(model)
+    scores.add(weights, list(weights.values()))
+    gains = -torch.cat([layer.weight.grad.reshape(-1) for layer in model])
+    masks = plan_masks(plan, scores.ranked(weights, None), 1.0)
+    dropped = ~torch.cat([masks[name].reshape(-1) for name in ("0.weight", "1.weight")])
+    expected = gains.topk(32, largest=False).indices
+    assert set(dropped.nonzero().flatten().tolist()) == set(expected.tolist())
 
 
 @pytest.mark.parametrize("score", [taylor, movement])

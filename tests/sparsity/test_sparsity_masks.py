@@ -287,6 +287,14 @@ def test_every_weight_of_a_large_layer_for_itself_is_fast():
     assert time.process_time() - began < 8  # a rematching of every row would take minutes
 
 
+@pytest.mark.parametrize("sparsity", [0.51, 1.5])
+def test_more_than_the_pattern_can_give_is_refused(sparsity):
+    with pytest.raises(ValueError, match=r"more than the pattern can give, which is 0\.5"):
+        layer_mask(torch.ones(8, 8), NM(2, 4), sparsity)
+    with pytest.raises(ValueError, match="more than the pattern can give, which is 1"):
+        layer_mask(torch.ones(8, 8), Block(2, 2), 1.5)
+
+
 def test_a_global_ramp_takes_from_the_weakest_layer_and_heeds_floors():
     network = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
     generator = torch.Generator().manual_seed(0)

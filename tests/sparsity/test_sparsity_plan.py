@@ -289,6 +289,26 @@ def test_a_layer_that_already_has_more_keeps_it():
     assert (last.target, last.reason) == (0.75, "already has this much")
 
 
+def test_a_layer_with_target_0_keeps_what_it_already_has():
+    network = narrow_and_wide()
+    with torch.no_grad():
+        network[3].weight.mul_(layer_mask(network[3].weight, Block(8, 8), 0.75, floors=Floors()))
+    plan = resolve(network, target=0.0, initial="from_model")
+    assert [(layer.name, layer.target, layer.reason) for layer in plan.pruned] == [
+        ("3", 0.75, "already has this much")
+    ]
+    assert not resolve(network, target=0.0).pruned
+
+
+def test_groups_of_which_not_all_obey_are_said_to_be_stored_as_dense():
+    plan = resolve(narrow_and_wide(), target=0.4, pattern=NM(2, 4))
+    assert {layer.reason for layer in plan.pruned} == {"not all groups reach 2:4: stored as dense"}
+    assert not any(layer.reason for layer in resolve(narrow_and_wide(), target=0.4).pruned)
+    assert not any(
+        layer.reason for layer in resolve(narrow_and_wide(), target=0.5, pattern=NM(2, 4)).pruned
+    )
+
+
 def test_initial_sparsity_is_checked():
     plan = resolve(narrow_and_wide(), target=0.5, initial=0.25)
     assert [layer.start / layer.size for layer in plan.pruned] == [0.25] * 3

@@ -256,6 +256,11 @@ def test_settings_that_differ_or_cannot_be_are_refused(tmp_path):
         sparsity(score="taylor", schedule=OneShot())
     sparsity(score="taylor", schedule=OneShot(0.1))
     sparsity(score="taylor", schedule=Cubic())
+    for schedule in (OneShot(), OneShot(0.3), Cubic(0.3, 0.3)):
+        with pytest.raises(ValueError, match=r"never learn. Set sparsity.update_until=1.0"):
+            learning(schedule=schedule, update_until=None)
+    learning(schedule=OneShot(0.3), update_until=1.0)
+    learning(schedule=Cubic(), update_until=None)
 
 
 DDP = """

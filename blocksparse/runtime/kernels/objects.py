@@ -89,7 +89,7 @@ def is_kept(symbol: str) -> bool:
     symbol : str
         The function's name.
     """
-    return _read(_path(symbol, host(), _sources())) is not None
+    return _read(_path(symbol, host(), sources())) is not None
 
 
 def compile_text(name: str, text: str, target: Target) -> int:
@@ -111,7 +111,7 @@ def _address(name: str, target: Target, text: Callable[[], str]) -> int:
     """Load what the source code of this package determines, once in a process."""
     with _lock:
         if (name, target) not in _addresses:
-            _addresses[name, target] = _load(name, target, _sources(), text)
+            _addresses[name, target] = _load(name, target, sources(), text)
         return _addresses[name, target]
 
 
@@ -169,7 +169,7 @@ def import_compiler(name: str) -> ModuleType:
 
 
 @cache
-def _sources() -> str:
+def sources() -> str:
     """Digest of what decides on the code: this package, packed indices, Numba's own switches."""
     files = [*sorted(Path(__file__).parent.glob("*.py")), Path(weights.__file__)]
     switches = [
