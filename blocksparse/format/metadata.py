@@ -75,6 +75,19 @@ def encode(model: Model) -> dict[str, str]:
     return metadata
 
 
+def as_stored(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `provenance` as a file gives it back: lists for tuples, texts for other keys.
+
+    Raises
+    ------
+    FormatError
+        Where it cannot be said in JSON.
+    """
+    text = _render("provenance", dict(provenance), dict)
+    stored: dict[str, Any] = parse_json(text, "provenance", dict)
+    return stored
+
+
 def _render(key: str, tree: object, kind: type[dict] | type[list]) -> str:
     try:
         text = render_json(tree)
@@ -83,7 +96,11 @@ def _render(key: str, tree: object, kind: type[dict] | type[list]) -> str:
     except FormatError:
         raise
     except (ValueError, TypeError, RecursionError) as error:
-        raise FormatError(f"cannot be said in JSON: {error}", tensor=key) from None
+        raise FormatError(
+            f"cannot be said in JSON: {error}",
+            tensor=key,
+            mend="give texts, finite numbers, true, false, null, and lists and objects of them",
+        ) from None
 
 
 def decode(metadata: Mapping[str, str]) -> Description:

@@ -208,6 +208,21 @@ def test_a_failing_export_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_provenance_comes_back_as_json_says_it(tmp_path):
+    path = tmp_path / "net.bsr.safetensors"
+    given = {"input_shape": (3, 8, 8), "epochs": {1: "warm", 2: ("a", None)}}
+    export_file(small(), path, images(1, 3, 8, 8), provenance=given)
+    stored = read(path).provenance
+    assert stored["input_shape"] == [3, 8, 8]
+    assert stored["epochs"] == {"1": "warm", "2": ["a", None]}
+
+
+def test_provenance_that_json_cannot_hold_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^provenance: cannot .* PosixPath .*\(give texts"):
+        export_file(small(), tmp_path / "x", images(1, 3, 8, 8), provenance={"data": [tmp_path]})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (3, 8, 8)])
 def test_inputs_must_be_images(tmp_path, shape):
     with pytest.raises(ValueError, match="at least one image"):
