@@ -118,7 +118,6 @@ def export_file(
         verification.tolerance,
     )
     if report_path is not None:
-        Path(report_path).parent.mkdir(parents=True, exist_ok=True)
         report.save(report_path)
     return report
 

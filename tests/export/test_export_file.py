@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from blocksparse.export import VerificationError, WeightError, export_file
 from blocksparse.export import file as export_file_module
+from blocksparse.export.report import ExportReport, Verification
 from blocksparse.format import BsrWeight, NMWeight, Preprocessing
 from blocksparse.format.reader import read
 from blocksparse.format.writer import write
@@ -107,6 +109,24 @@ def test_report_adds_up(tmp_path):
     assert stored.preprocessing == Preprocessing(8, (8, 8), (0, 0.1, 0), (1, 1, 2), "rgb")
     assert stored.provenance["config"] == {"seed": 1}
     assert stored.provenance["exporter"]["torch"] == torch.__version__
+
+
+def test_a_report_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    def half(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[:20])
+        raise OSError("disk full")
+
+    report = ExportReport(tmp_path / "x", (), 0, 0, 0, 1, 1, 0, Verification(1, 1, 0, 1, 1, "e"))
+    path = tmp_path / "report.json"
+    report.save(path)
+    older = path.read_text()
+    monkeypatch.setattr(Path, "write_bytes", half)
+    monkeypatch.setattr(Path, "write_text", lambda path, text, **_: half(path, text.encode()))
+    with pytest.raises(OSError, match="disk full"):
+        report.save(path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["report.json"]
+    assert path.read_text() == older
 
 
 def test_block_key_is_used(tmp_path):
