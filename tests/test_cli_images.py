@@ -46,6 +46,17 @@ def test_pixels_are_those_of_torchvision(size, resize, crop):
     np.testing.assert_allclose(found, expected, rtol=0, atol=4 * 2.0**-23 * 4.5)
 
 
+def test_a_long_image_is_not_made_huge(tmp_path):
+    class Long:
+        size = (1, 2**22)
+
+        def resize(self, size, _):
+            pytest.fail(f"was resized to {size}")
+
+    with pytest.raises(CommandError, match=r"1x4194304 pixels .* to 256x1073741824, more than"):
+        images.from_pixels(Long(), steps(256, (224, 224)))
+
+
 def test_an_image_and_its_pixels_give_the_same(tmp_path):
     image = picture(20, 30)
     image.save(tmp_path / "a.png")

@@ -38,7 +38,7 @@ OURS: dict[str, set[str]] = {
     "cli": {"format", "runtime", "perf", "report", "whole_file"},
     "sparsity": {"whole_file"},
     "training": {"sparsity"},
-    "export": {"sparsity", "format", "runtime"},
+    "export": {"sparsity", "format", "runtime", "whole_file"},
     "report": {"whole_file"},
     "whole_file": set(),
     "pipeline": EVERYTHING,

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blocksparse.cli.console import CommandError, UsageError
+from blocksparse.format.ops import MAX_VALUE
 
 if TYPE_CHECKING:
     from blocksparse.format import Preprocessing
@@ -82,10 +83,7 @@ def inputs(
         If the file cannot be read or does not fit, with its path.
     """
     if path.suffix.lower() != ".npy":
-        yield (
-            str(path),
-            _fitting(from_pixels(_open(path, preprocessing), preprocessing), path, shape),
-        )
+        yield str(path), _input_of(_open(path, preprocessing), preprocessing, path, shape)
         return
     try:
         array = np.load(path, allow_pickle=False)
@@ -93,7 +91,7 @@ def inputs(
         raise CommandError(f"{path} is not a readable .npy array: {error}") from error
     if array.dtype == np.uint8 and array.ndim in (2, 3):
         image = _image_of(array, preprocessing, path)
-        yield str(path), _fitting(from_pixels(image, preprocessing), path, shape)
+        yield str(path), _input_of(image, preprocessing, path, shape)
     elif array.dtype.kind == "f" and array.ndim in (3, 4):
         for index, one in enumerate(array.reshape(-1, *array.shape[-3:])):
             name = f"{path}[{index}]" if array.ndim == 4 else str(path)
@@ -124,11 +122,19 @@ def from_pixels(image: Any, preprocessing: Preprocessing | None) -> Input:
     Raises
     ------
     CommandError
-        If the model file does not say how images become inputs.
+        If the model file does not say how images become inputs, or the image gets too large.
     """
     steps = _known(preprocessing)
     if steps.resize is not None:
-        image = image.resize(_target_size(image.size, steps.resize), _pillow().Resampling.BILINEAR)
+        width, height = _target_size(image.size, steps.resize)
+        # The file bounds the shorter side: how long the other gets, a narrow image decides.
+        if width * height * len(steps.mean) > MAX_VALUE:
+            raise CommandError(
+                f"an image of {image.size[0]}x{image.size[1]} pixels would be resized to "
+                f"{width}x{height}, more than {MAX_VALUE} values; cut it, so that its sides "
+                "differ less"
+            )
+        image = image.resize((width, height), _pillow().Resampling.BILINEAR)
     if steps.crop is not None:
         height, width = steps.crop
         left, top = _crop_start(image.width, width), _crop_start(image.height, height)
@@ -190,6 +196,16 @@ def _pillow() -> Any:
     except ImportError as error:
         raise CommandError(PILLOW_MISSING) from error
     return Image
+
+
+def _input_of(
+    image: Any, preprocessing: Preprocessing | None, path: Path, shape: tuple[int, ...]
+) -> Input:
+    try:
+        array = from_pixels(image, preprocessing)
+    except CommandError as error:
+        raise CommandError(f"{path}: {error}") from error
+    return _fitting(array, path, shape)
 
 
 def _fitting(array: Input, path: Path, shape: tuple[int, ...]) -> Input:

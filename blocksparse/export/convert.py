@@ -88,7 +88,8 @@ def export_model(
         Store sparse layers as BSR of this block shape, whatever their pattern.
     classes, preprocessing, provenance : optional
         Stored in the file; see `blocksparse.format.Model`. `preprocessing` may be a mapping with
-        the fields of `blocksparse.format.Preprocessing`.
+        the fields of `blocksparse.format.Preprocessing`; `provenance` becomes what JSON makes of
+        it, lists of its tuples and texts of its numeric keys.
 
     Returns
     -------
@@ -98,6 +99,8 @@ def export_model(
     ------
     CaptureError, UnsupportedOpError, WeightError
         See `blocksparse.export.errors`.
+    FormatError
+        `provenance` cannot be said in JSON.
     """
     return convert(
         model,

@@ -56,7 +56,8 @@ def export_file(
     preprocessing : mapping or blocksparse.format.Preprocessing, optional
         What turns an image file into an input, stored in the file.
     provenance : mapping, optional
-        Plain JSON values to store in the file: configuration, metrics, versions.
+        What JSON can say, to store in the file: configuration, metrics, versions. Tuples become
+        lists, and keys that are numbers become texts.
     report_path : str or Path, optional
         Also save the report there as JSON. Missing folders are made.
 
@@ -71,6 +72,8 @@ def export_file(
         An operation has no counterpart in the file; names it and its module.
     WeightError
         A weight holds NaN or infinity.
+    FormatError
+        `provenance` cannot be said in JSON.
     IsADirectoryError
         `path` or `report_path` is a folder.
     VerificationError
@@ -115,7 +118,6 @@ def export_file(
         verification.tolerance,
     )
     if report_path is not None:
-        Path(report_path).parent.mkdir(parents=True, exist_ok=True)
         report.save(report_path)
     return report
 

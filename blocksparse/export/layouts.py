@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blocksparse.format import BsrWeight, DenseWeight, NMWeight, Weight
-from blocksparse.format.weights import index_bits
+from blocksparse.format.weights import MAX_GROUP, index_bits
 from blocksparse.sparsity.patterns import Block, Pattern, VectorNM
 
 SLACK = 1.1
@@ -79,10 +79,11 @@ def choose(
     """Choose the layout of one weight.
 
     Candidates are dense, and: BSR of the given `block`; else what `pattern` calls for, as long as
-    the weight obeys it (``Block(r, c)`` and ``Unstructured`` BSR r x c and 1x1, ``NM`` packed N:M,
-    ``VectorNM(v, n, m)`` BSR v x 1, since v output channels share each input); else every BSR shape
-    of powers of two up to 32 and every N:M that the zeros of the weight allow. The smallest in
-    bytes wins; within `SLACK` of it, the one whose rows share more inputs.
+    the weight obeys it (``Block(r, c)`` and ``Unstructured`` BSR r x c and 1x1, ``NM`` packed N:M
+    in groups of at most 256, ``VectorNM(v, n, m)`` BSR v x 1, since v output channels share each
+    input); else every BSR shape of powers of two up to 32 and every N:M that the zeros of the
+    weight allow. The smallest in bytes wins; within `SLACK` of it, the one whose rows share more
+    inputs.
 
     Parameters
     ----------
@@ -139,7 +140,8 @@ def _candidates(
     if block is None and isinstance(pattern, VectorNM):
         if pattern.vector > 1:
             block = (pattern.vector, 1)
-        elif _fullest_group(used, pattern.m) <= pattern.n:
+        # The file has no index for a larger group: the zeros say which layout is best then.
+        elif pattern.m <= MAX_GROUP and _fullest_group(used, pattern.m) <= pattern.n:
             yield _grouped(used, pattern.n, pattern.m)
             return
     if block is not None:

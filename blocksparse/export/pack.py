@@ -15,6 +15,7 @@ from blocksparse.export.errors import WeightError
 from blocksparse.export.layouts import choose
 from blocksparse.export.report import LayerRow
 from blocksparse.format import Graph, Model, Node, Preprocessing, ValueSpec, Weight
+from blocksparse.format.metadata import as_stored
 from blocksparse.sparsity.patterns import Pattern
 
 
@@ -67,6 +68,8 @@ def pack(
     ------
     WeightError
         A bias, scale or shift is beyond float32.
+    FormatError
+        The provenance cannot be said in JSON.
     """
     weights: dict[str, Weight] = {}
     vectors: dict[str, npt.NDArray[np.float32]] = {}
@@ -91,7 +94,8 @@ def pack(
         vectors=vectors,
         classes=None if classes is None else tuple(classes),
         preprocessing=preprocessing,
-        provenance=dict(provenance or {}),
+        # As it is read again, so that the file can be compared with what was written into it.
+        provenance=as_stored(provenance or {}),
     )
     dense_bytes = sum(row.dense_bytes for row in layers) + sum(v.nbytes for v in vectors.values())
     return Packed(model, tuple(layers), dense_bytes, flushed)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from blocksparse.whole_file import write_whole
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -148,11 +150,11 @@ class ExportReport:
         return {**asdict(self), "path": str(self.path), "ratio": self.ratio}
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON.
+        """Write the report as JSON, whole or not at all.
 
         Parameters
         ----------
         path : str or Path
-            The folder must exist.
+            Missing folders are made.
         """
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_whole(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")

@@ -60,7 +60,11 @@ def mul(lowering: Lowering, node: fx.Node, args: Arguments) -> Value:
 
 
 def div(lowering: Lowering, node: fx.Node, args: Arguments) -> Value:
-    """Quotient by a constant."""
+    """Quotient by a constant, not rounded to a whole number."""
+    if args.get("rounding_mode") is not None:
+        raise lowering.unsupported(
+            node, f"it rounds the quotient: rounding_mode={args['rounding_mode']!r}"
+        )
     divisor = args["other"]
     if isinstance(divisor, Value):
         raise lowering.unsupported(node, "it divides by a computed value")

@@ -17,7 +17,14 @@ import numpy.typing as npt
 from blocksparse.format.errors import FormatError
 from blocksparse.format.graph import integers, record
 from blocksparse.format.ops import MAX_DIM
-from blocksparse.format.weights import BsrWeight, DenseWeight, NMWeight, Weight, index_bits
+from blocksparse.format.weights import (
+    MAX_GROUP,
+    BsrWeight,
+    DenseWeight,
+    NMWeight,
+    Weight,
+    index_bits,
+)
 
 MAX_WEIGHT = 2**28
 """Most entries a dense weight, padding to whole blocks or groups included, may have."""
@@ -96,9 +103,10 @@ class Layout:
             )
             padded = (rows, columns, *self.shape[2:])
         elif self.kind == "nm":
-            if len(self.sizes) != 2 or not _sane(self.sizes, 256) or self.sizes[0] > self.sizes[1]:
+            sane = len(self.sizes) == 2 and _sane(self.sizes, MAX_GROUP)
+            if not sane or self.sizes[0] > self.sizes[1]:
                 raise FormatError(
-                    f"n and m must be 1 <= n <= m <= 256, are {self.sizes}", tensor=node
+                    f"n and m must be 1 <= n <= m <= {MAX_GROUP}, are {self.sizes}", tensor=node
                 )
             padded = (
                 self.shape[0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from blocksparse.format.container import parse_json, render_json
@@ -11,7 +12,7 @@ from blocksparse.format.errors import FormatError
 from blocksparse.format.graph import Graph, record
 from blocksparse.format.layout import Layout
 from blocksparse.format.model import Model, Preprocessing
-from blocksparse.format.ops import MAX_DIM, OPS
+from blocksparse.format.ops import MAX_DIM, MAX_VALUE, OPS
 
 FORMAT = "blocksparse"
 VERSION = 1
@@ -75,6 +76,19 @@ def encode(model: Model) -> dict[str, str]:
     return metadata
 
 
+def as_stored(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `provenance` as a file gives it back: lists for tuples, texts for other keys.
+
+    Raises
+    ------
+    FormatError
+        Where it cannot be said in JSON.
+    """
+    text = _render("provenance", dict(provenance), dict)
+    stored: dict[str, Any] = parse_json(text, "provenance", dict)
+    return stored
+
+
 def _render(key: str, tree: object, kind: type[dict] | type[list]) -> str:
     try:
         text = render_json(tree)
@@ -83,7 +97,11 @@ def _render(key: str, tree: object, kind: type[dict] | type[list]) -> str:
     except FormatError:
         raise
     except (ValueError, TypeError, RecursionError) as error:
-        raise FormatError(f"cannot be said in JSON: {error}", tensor=key) from None
+        raise FormatError(
+            f"cannot be said in JSON: {error}",
+            tensor=key,
+            mend="give texts, finite numbers, true, false, null, and lists and objects of them",
+        ) from None
 
 
 def decode(metadata: Mapping[str, str]) -> Description:
@@ -185,6 +203,8 @@ def check_preprocessing(p: Preprocessing | None, input_shape: tuple[int, ...]) -
     problem = None
     if not (p.resize is None or _size(p.resize) or _sizes(p.resize)):
         problem = f"resize must be null, a size or [height, width], is {p.resize!r}"
+    elif channels * _least_pixels(p.resize) > MAX_VALUE:
+        problem = f"a resize to {p.resize!r} takes more than {MAX_VALUE} values, before any crop"
     elif not (p.crop is None or _sizes(p.crop)):
         problem = f"crop must be null or [height, width], is {p.crop!r}"
     elif not isinstance(p.channels, str) or _CHANNELS.get(p.channels) != channels:
@@ -197,6 +217,13 @@ def check_preprocessing(p: Preprocessing | None, input_shape: tuple[int, ...]) -
             problem = f"gives images of {final}, the network takes {tuple(image)}"
     if problem is not None:
         raise FormatError(problem, tensor="preprocessing")
+
+
+def _least_pixels(resize: tuple[int, int] | int | None) -> int:
+    """Return the pixels of an image that was resized; of a square one, if its aspect is kept."""
+    if resize is None:
+        return 0
+    return resize**2 if isinstance(resize, int) else prod(resize)
 
 
 def _size(value: object) -> bool:

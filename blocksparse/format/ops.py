@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 Shape = tuple[int, ...]
@@ -18,6 +19,9 @@ ACTIVATIONS = ("none", "relu", "relu6", "sigmoid", "hardsigmoid", "silu", "hards
 
 MAX_DIM = 2**24
 """Largest size of one axis of a value or weight, and largest integer attribute."""
+
+MAX_VALUE = 2**28
+"""Most entries one value of the graph may have, for one image; with its padding, under windows."""
 
 
 @dataclass(frozen=True)
@@ -109,29 +113,42 @@ def _conv2d(attrs: Mapping[str, Any], inputs: Sequence[Shape], weight: Shape | N
         raise ValueError(
             f"weight {weight} does not fit {channels} input channels in {groups} groups"
         )
-    height, width = (
-        _windows(size, kernel, stride, pad, dilation, ceil_mode=False)
-        for size, kernel, stride, pad, dilation in zip(
-            image, weight[2:], attrs["stride"], attrs["padding"], attrs["dilation"], strict=True
-        )
-    )
-    shape = (weight[0], height, width)
+    shape = (weight[0], *_windows(channels, image, weight[2:], attrs, attrs["dilation"]))
     if len(inputs) == 2 and inputs[1] != shape:
         raise ValueError(f"residual must have the output's shape {shape}, has {inputs[1]}")
     return shape
 
 
-def _windows(size: int, kernel: int, stride: int, pad: int, dilation: int, ceil_mode: bool) -> int:
-    """Return how many windows fit along one axis (``pooling_output_shape`` of PyTorch)."""
-    span = dilation * (kernel - 1) + 1
-    room = size + 2 * pad - span
-    count = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
-    # A window that would start in the far padding sees no input: PyTorch drops it.
-    if ceil_mode and (count - 1) * stride >= size + pad:
-        count -= 1
-    if count < 1:
-        raise ValueError(f"a window of {span} does not fit a padded size of {size + 2 * pad}")
-    return count
+def _windows(
+    channels: int,
+    image: Sequence[int],
+    kernel: Sequence[int],
+    attrs: Mapping[str, Any],
+    dilation: Sequence[int],
+) -> Shape:
+    """Return how many windows fit along height and width (``pooling_output_shape`` of PyTorch)."""
+    ceil_mode = attrs.get("ceil_mode", False)
+    counts, padded = [], [channels]
+    for size, taps, stride, pad, apart in zip(
+        image, kernel, attrs["stride"], attrs["padding"], dilation, strict=True
+    ):
+        span = apart * (taps - 1) + 1
+        room = size + 2 * pad - span
+        count = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
+        # A window that would start in the far padding sees no input: PyTorch drops it.
+        if ceil_mode and (count - 1) * stride >= size + pad:
+            count -= 1
+        if count < 1:
+            raise ValueError(f"a window of {span} does not fit a padded size of {size + 2 * pad}")
+        counts.append(count)
+        # With `ceil_mode` the last window may hang over the padding.
+        padded.append(max(size + 2 * pad, (count - 1) * stride + span))
+    # Engines hold the padded image: a few bytes of attributes must not ask for all memory.
+    if prod(padded) > MAX_VALUE:
+        raise ValueError(
+            f"the image of {tuple(padded)} with its padding has more than {MAX_VALUE} entries"
+        )
+    return tuple(counts)
 
 
 def _linear(attrs: Mapping[str, Any], inputs: Sequence[Shape], weight: Shape | None) -> Shape:
@@ -144,15 +161,11 @@ def _linear(attrs: Mapping[str, Any], inputs: Sequence[Shape], weight: Shape | N
 
 def _pool2d(attrs: Mapping[str, Any], inputs: Sequence[Shape], weight: Shape | None) -> Shape:
     channels, *image = _image(inputs[0])
-    sizes = []
-    for axis, size in enumerate(image):
-        kernel, pad = attrs["kernel"][axis], attrs["padding"][axis]
+    for kernel, pad in zip(attrs["kernel"], attrs["padding"], strict=True):
         if pad > kernel // 2:
             raise ValueError(f"padding {pad} must be at most half the kernel of {kernel}")
-        stride = attrs["stride"][axis]
-        dilation = attrs["dilation"][axis] if "dilation" in attrs else 1
-        sizes.append(_windows(size, kernel, stride, pad, dilation, attrs["ceil_mode"]))
-    return (channels, *sizes)
+    dilation = attrs.get("dilation", (1, 1))
+    return (channels, *_windows(channels, image, attrs["kernel"], attrs, dilation))
 
 
 def _adaptive(attrs: Mapping[str, Any], inputs: Sequence[Shape], weight: Shape | None) -> Shape:

@@ -21,11 +21,8 @@ from blocksparse.format.errors import FormatError
 from blocksparse.format.graph import Graph, Node
 from blocksparse.format.layout import Layout, weight_arrays
 from blocksparse.format.model import Model
-from blocksparse.format.ops import MAX_DIM, OPS
+from blocksparse.format.ops import MAX_DIM, MAX_VALUE, OPS
 from blocksparse.format.weights import BsrWeight, NMWeight
-
-MAX_VALUE = 2**28
-"""Most entries one value of the graph may have, for one image."""
 
 MAX_NAME = 256
 """Longest name of an input or node, in characters."""

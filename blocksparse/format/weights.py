@@ -21,6 +21,9 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 Ints: TypeAlias = npt.NDArray[np.int32]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
+MAX_GROUP = 256
+"""Most input channels of an N:M group: a packed index has at most eight bits."""
+
 
 @dataclass(frozen=True, eq=False)
 class DenseWeight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from blocksparse.export import VerificationError, WeightError, export_file
 from blocksparse.export import file as export_file_module
+from blocksparse.export.report import ExportReport, Verification
 from blocksparse.format import BsrWeight, NMWeight, Preprocessing
 from blocksparse.format.reader import read
 from blocksparse.format.writer import write
@@ -107,6 +109,24 @@ def test_report_adds_up(tmp_path):
     assert stored.preprocessing == Preprocessing(8, (8, 8), (0, 0.1, 0), (1, 1, 2), "rgb")
     assert stored.provenance["config"] == {"seed": 1}
     assert stored.provenance["exporter"]["torch"] == torch.__version__
+
+
+def test_a_report_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    def half(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[:20])
+        raise OSError("disk full")
+
+    report = ExportReport(tmp_path / "x", (), 0, 0, 0, 1, 1, 0, Verification(1, 1, 0, 1, 1, "e"))
+    path = tmp_path / "report.json"
+    report.save(path)
+    older = path.read_text()
+    monkeypatch.setattr(Path, "write_bytes", half)
+    monkeypatch.setattr(Path, "write_text", lambda path, text, **_: half(path, text.encode()))
+    with pytest.raises(OSError, match="disk full"):
+        report.save(path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["report.json"]
+    assert path.read_text() == older
 
 
 def test_block_key_is_used(tmp_path):
@@ -205,6 +225,21 @@ def test_a_failing_export_leaves_nothing(tmp_path):
     model[0].weight.data[0] = float("nan")
     with pytest.raises(WeightError, match=r"0\.weight"):
         export_file(model, tmp_path / "net.bsr.safetensors", images(2, 3, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_provenance_comes_back_as_json_says_it(tmp_path):
+    path = tmp_path / "net.bsr.safetensors"
+    given = {"input_shape": (3, 8, 8), "epochs": {1: "warm", 2: ("a", None)}}
+    export_file(small(), path, images(1, 3, 8, 8), provenance=given)
+    stored = read(path).provenance
+    assert stored["input_shape"] == [3, 8, 8]
+    assert stored["epochs"] == {"1": "warm", "2": ["a", None]}
+
+
+def test_provenance_that_json_cannot_hold_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^provenance: cannot .* PosixPath .*\(give texts"):
+        export_file(small(), tmp_path / "x", images(1, 3, 8, 8), provenance={"data": [tmp_path]})
     assert not list(tmp_path.iterdir())
 
 

@@ -78,6 +78,8 @@ BY_PATTERN = {
     "unstructured": (with_blocks((64, 32), (1, 1), 0.1), Unstructured(), "bsr 1x1"),
     "n:m": (GROUPS, NM(2, 4), "nm 2:4"),
     "n:m with fewer than n": (with_groups((64, 32), 1, 4), NM(2, 4), "nm 2:4"),
+    "n:m of large groups": (with_groups((4, 256), 32, 256), NM(32, 256), "nm 32:256"),
+    "n:m too large for the file": (with_groups((8, 512), 64, 512), NM(64, 512), "bsr 1x1"),
     "n:m broken": (BLOCKS, NM(2, 4), "bsr 8x8"),
     "vectors": (VECTORS, VectorNM(8, 2, 4), "bsr 8x1"),
     "block not pruned": (random_weight((64, 32)), Block(8, 8), "dense"),

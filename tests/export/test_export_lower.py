@@ -188,6 +188,16 @@ UNSUPPORTED = {
     "broadcast sum": (lambda x: x + x.mean((2, 3), keepdim=True), "add.Tensor", "same shape"),
     "map of constants": (lambda x: x + torch.ones(10, 12), "add.Tensor", "more than the channels"),
     "computed divisor": (lambda x: x / F.relu(x), "aten.div.Tensor", "computed value"),
+    "floor of a quotient": (
+        lambda x: torch.div(x, 2.0, rounding_mode="floor"),
+        "aten.div.Tensor_mode",
+        "rounds the quotient: rounding_mode='floor'",
+    ),
+    "whole part of a quotient": (
+        lambda x: torch.div(x, torch.full((8, 1, 1), 3.0), rounding_mode="trunc"),
+        "aten.div.Tensor_mode",
+        "rounds the quotient: rounding_mode='trunc'",
+    ),
     "double": (lambda x: (x.double() * 2).float(), "_to_copy", "float64"),
     "statistics of the batch": (
         nn.BatchNorm2d(8, track_running_stats=False),

@@ -42,6 +42,8 @@ def test_graph_survives_json():
         replace(RGB, resize=256, crop=(6, 5)),
         replace(RGB, resize=(300, 200), crop=(6, 5)),
         replace(RGB, resize=256),
+        replace(RGB, resize=9459),
+        replace(RGB, resize=(1, 2**24), crop=(6, 5)),
         replace(RGB, mean=(0, 0, 0), std=(1, 1, 1)),
     ],
 )
@@ -71,6 +73,16 @@ def test_nothing_optional_comes_back(tmp_path):
         ({"preprocessing": replace(RGB, resize=0)}, "preprocessing", "resize must be"),
         ({"preprocessing": replace(RGB, resize=(6, 5, 3))}, "preprocessing", "resize must be"),
         ({"preprocessing": replace(RGB, resize=True)}, "preprocessing", "resize must be"),
+        (
+            {"preprocessing": replace(RGB, resize=9460)},
+            "preprocessing",
+            "resize to 9460 takes more",
+        ),
+        (
+            {"preprocessing": replace(RGB, resize=(2**14, 2**14), crop=(6, 5))},
+            "preprocessing",
+            r"resize to \(16384, 16384\)",
+        ),
         ({"preprocessing": replace(RGB, crop=6)}, "preprocessing", "crop must be"),
         ({"preprocessing": replace(RGB, channels="bgr")}, "preprocessing", "channels must be"),
         ({"preprocessing": replace(RGB, channels="gray")}, "preprocessing", "channels must be"),
@@ -165,6 +177,7 @@ def test_preprocessing_of_the_file_is_judged_too(tmp_path):
     for change, rule in [
         ({"resize": [6, "5"]}, "resize must be"),
         ({"resize": {"a": 1}}, "resize must be"),
+        ({"resize": 2**24}, "resize to 16777216"),
         ({"mean": 0.5}, "finite numbers"),
         ({"std": [1, 1, [1]]}, "finite numbers"),
         ({"channels": ["rgb"]}, "channels must be"),

@@ -71,9 +71,15 @@ def test_slice_shape(start, stop, data):
         assert got is None
 
 
+# As much padding as may be: 2**14 rows and columns with it.
+WIDE = {"stride": (2**13, 2**13), "padding": (2**13 - 4, 2**13 - 4)}
+WIDE |= {"dilation": (1, 1), "groups": 1}
+
+
 @pytest.mark.parametrize(
     ("op", "attrs", "inputs", "weight", "shape"),
     [
+        ("conv2d", WIDE, [(1, 8, 8)], (1, 1, 1, 1), (1, 2, 2)),
         ("linear", {}, [(7,)], (3, 7), (3,)),
         ("adaptive_avg_pool2d", {"output_size": (7, 2)}, [(5, 3, 3)], None, (5, 7, 2)),
         ("add", {}, [(5, 3, 3), (5, 3, 3)], None, (5, 3, 3)),
@@ -91,6 +97,8 @@ def test_shapes(op, attrs, inputs, weight, shape):
     assert OPS[op].infer_shape(attrs, inputs, weight) == shape
 
 
+FAR = (MAX_DIM, MAX_DIM)
+POOL = {"kernel": (2, 2), "stride": FAR, "padding": (0, 0), "ceil_mode": False}
 CONV = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 
 
@@ -103,6 +111,27 @@ CONV = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
         ("conv2d", CONV, [(3, 2, 4)], (8, 3, 3, 3), "window of 3 does not fit"),
         ("conv2d", CONV, [(3, 4, 4), (8, 4, 4)], (8, 3, 3, 3), r"residual .* \(8, 2, 2\)"),
         ("conv2d", CONV | {"groups": 2}, [(4, 4, 4)], (3, 2, 1, 1), "in 2 groups"),
+        (
+            "conv2d",
+            CONV | {"stride": FAR, "padding": FAR},
+            [(8, 8, 8)],
+            (8, 8, 1, 1),
+            r"\(8, 33554440, 33554440\) with its padding has more than 268435456 entries",
+        ),
+        (
+            "avg_pool2d",
+            POOL | {"kernel": (2**14, 2**14), "padding": (2**13, 2**13)},
+            [(1, 4, 4)],
+            None,
+            r"\(1, 16388, 16388\) with its padding has more",
+        ),
+        (
+            "max_pool2d",
+            POOL | {"dilation": FAR, "ceil_mode": True},
+            [(1, 4, 4)],
+            None,
+            r"\(1, 16777217, 16777217\) with its padding has more",
+        ),
         ("linear", {}, [(3, 2, 2)], (5, 12), r"input must be \(F,\)"),
         ("linear", {}, [(12,)], (5, 11), r"weight must be \[O, 12\]"),
         ("add", {}, [(3, 2, 2), (3, 2, 1)], None, "same shape"),

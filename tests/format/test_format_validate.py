@@ -79,6 +79,14 @@ def graph_model(*nodes, shape=(3, 4, 4), outputs=None, inputs=None):
     return Model(Graph(inputs, outputs or (nodes[-1].name,), nodes), {}, {})
 
 
+def test_a_small_file_cannot_ask_for_a_huge_padded_image():
+    far = (2**24, 2**24)
+    conv = Node("c", "conv2d", ("x",), CONV | {"stride": far, "padding": far}, (8, 3, 3))
+    weights = {"c": DenseWeight(np.ones((8, 8, 1, 1), np.float32))}
+    model = replace(graph_model(conv, shape=(8, 8, 8)), weights=weights)
+    refuse(model, "c", "conv2d: .* with its padding has more than 268435456 entries")
+
+
 ACT = Node("act", "activation", ("x",), {"activation": "relu"}, (3, 4, 4))
 
 
