@@ -8,7 +8,7 @@ each precision, and plain reading of a working set that no nearer cache can hold
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from blocksparse.runtime.caches import Cache
@@ -52,6 +52,16 @@ class Ceiling:
         if threads >= cores:
             return self.all
         return self.one if threads == 1 else min(threads * self.one, self.all)
+
+    def or_better(self, earlier: Ceiling) -> Ceiling:
+        """Return this, with what an earlier measurement reached if it read the same bytes, faster."""
+        found = self
+        if (earlier.bytes_one, earlier.bytes_all) == (self.bytes_one, self.bytes_all):
+            if earlier.one > self.one:
+                found = replace(found, one=earlier.one, median_one=earlier.median_one)
+            if earlier.all > self.all:
+                found = replace(found, all=earlier.all, median_all=earlier.median_all)
+        return found
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,18 @@ class Ceilings:
             if count <= cache.within_reach(min(threads, self.cores)):
                 return cache.name
         return MEMORY
+
+    def or_better(self, earlier: Ceilings) -> Ceilings:
+        """Return these, with what an earlier measurement of the machine reached where that is more.
+
+        What disturbs a measurement only makes it slower, so the better one is nearer the truth.
+        """
+        known = {row.name: row for row in (*earlier.compute, *earlier.reading)}
+
+        def best(rows: tuple[Ceiling, ...]) -> tuple[Ceiling, ...]:
+            return tuple(row.or_better(known.get(row.name, row)) for row in rows)
+
+        return replace(self, compute=best(self.compute), reading=best(self.reading))
 
     @staticmethod
     def _named(ceilings: tuple[Ceiling, ...], name: str) -> Ceiling:

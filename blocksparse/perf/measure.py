@@ -52,27 +52,26 @@ def machine_ceilings(
 ) -> Ceilings:
     """Return the ceilings of this machine, measured once and then kept on disk.
 
-    They lie beside the compiled kernels and are found again for the same processor, number of
-    cores, probes and compiler. A file that cannot be read is measured anew; a folder that cannot
-    be written costs the next process the same few seconds.
+    They lie beside the compiled kernels, in :func:`ceilings_file`, and are found again for the same
+    processor, number of cores, probes and compiler. A file that cannot be read is measured anew; a
+    folder that cannot be written costs the next process the same few seconds.
 
     Parameters
     ----------
     again : bool
-        Measure even where there is something kept.
+        Measure even where there is something kept. The better of both figures counts, for each
+        probe: what runs meanwhile must not lower what was reached before. Only without the file
+        all starts over.
     on_share : callable, optional
         Told the share of the work that is done, 0..1.
     """
-    target, cores = host(), usable_cores()
-    path = _kept_at(target, cores)
-    if not again:
-        try:
-            return Ceilings.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            _log.warning("measuring again: cannot read the ceilings in %s (%s)", path, error)
-    measured = measure(cores=cores, on_share=on_share)
+    path = ceilings_file()
+    kept = _read(path)
+    if kept is not None and not again:
+        return kept
+    measured = measure(cores=usable_cores(), on_share=on_share)
+    if kept is not None:
+        measured = measured.or_better(kept)
     _keep(path, measured)
     return measured
 
@@ -299,7 +298,9 @@ class _Run:
         self.turns = max(self.least_turns, int(self.turns * seconds / spent))
 
 
-def _kept_at(target: Target, cores: int) -> Path:
+def ceilings_file() -> Path:
+    """Return where the ceilings of this machine are kept, whether they are or not."""
+    target, cores = host(), usable_cores()
     machine = describe_machine()
     texts = [probes.write_multiply(p, target)[1] for p in probes.precisions(target)]
     parts = (
@@ -308,6 +309,17 @@ def _kept_at(target: Target, cores: int) -> Path:
     )  # fmt: skip
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     return cache_folder() / f"ceilings-{digest}.json"
+
+
+def _read(path: Path) -> Ceilings | None:
+    """Return what is kept, or None where there is nothing that can be read."""
+    try:
+        return Ceilings.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.warning("measuring again: cannot read the ceilings in %s (%s)", path, error)
+        return None
 
 
 def _keep(path: Path, measured: Ceilings) -> None:
