@@ -7,6 +7,7 @@ import pytest
 
 from blocksparse.cli import main
 from blocksparse.perf import measure
+from blocksparse.runtime.caches import Cache
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,17 @@ def test_machine_prints_a_table_with_units(capsys):
     for text in ("multiply-add f32", "read L1", "read memory", "GFLOP/s", "GB/s", "1 thread"):
         assert text in out
     assert "note: reading from memory took 1 MiB at most" in out
+
+
+def test_a_cache_that_cannot_be_told_apart_has_no_figure_for_all_cores(capsys, monkeypatch):
+    caches = (Cache(1, 16 * 1024, 1), Cache(2, 128 * 1024, 1), Cache(3, 300 * 1024, 2))
+    monkeypatch.setattr(measure, "system_caches", lambda cpus: caches)
+    monkeypatch.setattr(measure, "usable_cores", lambda: 2)
+    assert main(["machine"]) == 0
+    out = capsys.readouterr().out
+    row = next(line.split() for line in out.splitlines() if "read L3" in line)
+    assert row[3] == "GB/s"  # after the one figure
+    assert "note: reading from L3 is not measured on all cores" in out
 
 
 def test_machine_measures_once_and_again_when_asked(capsys, monkeypatch):

@@ -78,24 +78,26 @@ def _show(found: Ceilings) -> None:
     peak = found.peak("f32", found.cores)
     for row in (*found.compute, *found.reading):
         reads = row in found.reading
-        values = [_three(row.one), _three(row.all)][: len(teams)]
+        values = ["" if rate is None else _three(rate) for rate in (row.one, row.all)][: len(teams)]
         grid.add_row(
             f"read {row.name}" if reads else f"multiply-add {row.name}",
             *values,
             row.unit,
-            f"{peak / row.all:.1f}" if reads else "",
+            f"{peak / row.all:.1f}" if reads and row.all is not None else "",
             f"{_size(row.bytes_one)} a thread" if reads else "registers",
         )
     out.print(grid)
     slowest = min(
-        min(row.median_one / row.one, row.median_all / row.all)
+        median / best
         for row in (*found.compute, *found.reading)
+        for median, best in ((row.median_one, row.one), (row.median_all, row.all))
+        if median is not None and best is not None
     )
     out.print(
         f"best of several runs; the median run reached {ui.percent(slowest)} of the best or more"
     )
     for note in found.notes:
-        out.print(f"note: {note}")
+        out.print(f"note: {note}", soft_wrap=True)
     if (path := ceilings_file()).exists():  # a folder that cannot be written keeps none
         out.print(f"kept in {ui.one_line(str(path))}", soft_wrap=True)
 

@@ -43,7 +43,7 @@ ATTEMPTS = 3
 QUIET = 0.8
 """Least share of the best run that the median run reaches on a quiet machine."""
 
-_VERSION = 2  # of what is kept on disk
+_VERSION = 3  # of what is kept on disk
 _log = logging.getLogger(__name__)
 
 
@@ -109,11 +109,17 @@ def measure(
     limit = memory_limit() // 4 if memory_bytes is None else memory_bytes
     teams = sorted({1, cores})
     sets = {count: working_sets(caches, count, cores, limit, target) for count in teams}
-    if sets[cores][MEMORY] * cores < 2 * caches[-1].within_reach(cores) - probes.read_bytes(target):
+    if limit < 2 * sum(cache.within_reach(cores) for cache in caches):
         notes.append(
-            f"reading from memory took {limit / 2**20:.0f} MiB at most, less than twice the last "
+            f"reading from memory took {limit / 2**20:.0f} MiB at most, less than twice the "
             "caches: part of it came from there"
         )
+    for count, who in {cores: "all cores", 1: "one thread"}.items():
+        if missing := [cache.name for cache in caches if cache.name not in sets[count]]:
+            notes.append(
+                f"reading from {', '.join(missing)} is not measured on {who}: a thread's share of "
+                "it is less than twice that of a nearer cache, so they cannot be told apart"
+            )
     helpers = Helpers()
     try:
         runs = _runs(sets, target, helpers)
@@ -137,12 +143,12 @@ def measure(
         )
 
     def ceiling(name: str, unit: str) -> Ceiling:
-        labels = {count: _label(name, count) for count in teams}
+        labels = {n: _label(name, n) for n in teams if _label(name, n) in runs}
         best = {n: runs[text].work / timings[text].best_ms / 1e6 for n, text in labels.items()}
         median = {n: runs[text].work / timings[text].median_ms / 1e6 for n, text in labels.items()}
         size = {n: sets[n].get(name, 0) for n in teams}
         return Ceiling(
-            name, unit, best[1], best[cores], median[1], median[cores], size[1], size[cores]
+            name, unit, best[1], best.get(cores), median[1], median.get(cores), size[1], size[cores]
         )
 
     return Ceilings(
@@ -161,7 +167,10 @@ def working_sets(
     """Choose what each thread reads so that it comes from one level and from no other.
 
     The nearest level: half of it. Each further one: the geometric mean of its own share and of the
-    share of the level before it, far from either. Memory: twice the last caches, within the limit.
+    largest share of a nearer level, far from either, but at least 1.5 times the nearer one. Where
+    its own share is less than twice the nearer one there is no room between them, as for the last
+    level of many server processors when all cores read: it is left out. Memory: twice all caches
+    together, within the limit.
 
     Parameters
     ----------
@@ -177,16 +186,20 @@ def working_sets(
     Returns
     -------
     dict of str to int
-        Bytes per thread, by level.
+        Bytes per thread, by level; levels that cannot be told apart are missing.
     """
     sizes: dict[str, float] = {}
     before = 0
     for cache in caches:
         share = cache.bytes // min(threads, cache.cores)
-        sizes[cache.name] = math.sqrt(before * share) if before else share / 2
-        before = share
-    # all caches of the last level: a thread that moves from core to core has them all
-    sizes[MEMORY] = min(2 * caches[-1].within_reach(cores), limit) / threads
+        if not before:
+            sizes[cache.name] = share / 2
+        elif share >= 2 * before:
+            sizes[cache.name] = max(math.sqrt(before * share), 1.5 * before)
+        before = max(before, share)
+    # all levels, since some keep only what no other has; those of all cores, since a thread that
+    # moves from core to core has them all
+    sizes[MEMORY] = min(2 * sum(cache.within_reach(cores) for cache in caches), limit) / threads
     turn = probes.read_bytes(target)
     return {name: max(int(size) // turn, 1) * turn for name, size in sizes.items()}
 
