@@ -53,8 +53,8 @@ def machine_ceilings(
     """Return the ceilings of this machine, measured once and then kept on disk.
 
     They lie beside the compiled kernels, in :func:`ceilings_file`, and are found again for the same
-    processor, number of cores, probes and compiler. A file that cannot be read is measured anew; a
-    folder that cannot be written costs the next process the same few seconds.
+    processor, number of cores, caches, probes and compiler. A file that cannot be read is measured
+    anew; a folder that cannot be written costs the next process the same few seconds.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def measure(
     """
     cores = cores or usable_cores()
     target = host()
-    caches = system_caches(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else ()
+    caches = _told_caches()
     notes = []
     if not caches:
         caches = usual_caches(cores)
@@ -311,14 +311,21 @@ class _Run:
         self.turns = max(self.least_turns, int(self.turns * seconds / spent))
 
 
+def _told_caches() -> tuple[Cache, ...]:
+    """Return the caches of the cores that this process may use, empty where nothing tells them."""
+    return system_caches(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else ()
+
+
 def ceilings_file() -> Path:
     """Return where the ceilings of this machine are kept, whether they are or not."""
     target, cores = host(), usable_cores()
     machine = describe_machine()
     texts = [probes.write_multiply(p, target)[1] for p in probes.precisions(target)]
+    # the same processor has other caches under `taskset`, and in a larger virtual machine
+    caches = [f"{cache.name} {cache.bytes} {cache.cores}" for cache in _told_caches()]
     parts = (
         str(_VERSION), machine.processor, target.triple, target.cpu, target.features, str(cores),
-        llvmlite.__version__, probes.write_read(target)[1], *texts,
+        llvmlite.__version__, probes.write_read(target)[1], *texts, *caches,
     )  # fmt: skip
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     return cache_folder() / f"ceilings-{digest}.json"

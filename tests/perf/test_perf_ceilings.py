@@ -304,6 +304,17 @@ def test_measuring_again_keeps_the_better_of_each_figure(tmp_path, monkeypatch):
     assert measure.machine_ceilings(again=True) == series[1]
 
 
+def test_other_caches_have_ceilings_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path))
+    last = [(32 * MIB, 4), (16 * MIB, 4), (32 * MIB, 2)]  # such as another size of virtual machine
+    files = set()
+    for size, cores in (*last, last[0]):
+        caches = (*CACHES[:2], Cache(3, size, cores))
+        monkeypatch.setattr(measure, "system_caches", lambda cpus, caches=caches: caches)
+        files.add(measure.ceilings_file())
+    assert len(files) == len(last)
+
+
 def test_figures_of_other_working_sets_are_not_compared():
     few, many = (Ceiling(MEMORY, "GB/s", rate, rate, 1, 1, size, size)
                  for rate, size in ((90, MIB), (10, 64 * MIB)))  # fmt: skip
