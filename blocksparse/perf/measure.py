@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -292,11 +293,19 @@ class _Run:
             self.kernel(*row)
             done.release()
 
+        def help_drive(row: list[int]) -> None:
+            with suppress(threading.BrokenBarrierError):  # the caller gave up
+                drive(row)
+
         first, *others = self.arguments.tolist()
-        self.helpers.start(drive, [(row,) for row in others])
-        drive(first)
-        for _ in range(threads):
-            done.acquire()
+        try:
+            self.helpers.start(help_drive, [(row,) for row in others])
+            drive(first)
+            for _ in range(threads):
+                done.acquire()
+        except BaseException:  # such as Ctrl-C: nobody may wait for this thread any more
+            together.abort()
+            raise
 
     def calibrate(self, seconds: float) -> None:
         """Choose a number of turns that takes about so long."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import threading
 from dataclasses import asdict
 from functools import partial
 
@@ -239,6 +240,22 @@ def test_threads_read_parts_of_their_own_and_their_work_adds_up():
     (start, end, _), (next_start, next_end, _) = two.arguments
     assert end - start == next_end - next_start == 4 * turn
     assert next_start > end
+
+
+def test_helpers_end_after_an_interruption_before_all_have_started():
+    class Interrupted(Helpers):
+        def start(self, work, calls):
+            super().start(work, calls)
+            raise KeyboardInterrupt
+
+    turn, helpers = probes.read_bytes(host()), Interrupted()
+    run = measure._runs({2: {"L1": turn}}, host(), helpers)["L1 on 2"]
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    closing = threading.Thread(target=helpers.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive(), "a helper waits for a caller that is gone"
 
 
 # measuring and keeping
