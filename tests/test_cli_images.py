@@ -111,6 +111,13 @@ def test_arrays_that_are_not_finite_are_refused(tmp_path):
         list(images.inputs(tmp_path / "a.npy", None, (3, 6, 6)))
 
 
+def test_an_archive_under_the_name_of_an_array_is_refused(tmp_path):
+    with (tmp_path / "a.npy").open("wb") as file:
+        np.savez(file, np.zeros((3, 6, 6), np.float32))
+    with pytest.raises(CommandError, match=r"a\.npy is no \.npy array but an \.npz archive"):
+        list(images.inputs(tmp_path / "a.npy", None, (3, 6, 6)))
+
+
 def test_without_pillow_the_error_says_what_to_install(tmp_path, monkeypatch):
     picture(6, 6).save(tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "PIL", None)

@@ -14,6 +14,7 @@ from blocksparse.format import read, write
 from blocksparse.perf.random_masks import Blocks
 from blocksparse.perf.timing import Timing
 from blocksparse.perf.what_if import what_if
+from blocksparse.perf.what_if_figures import LayerTime
 from blocksparse.pipeline import untrained
 
 
@@ -117,17 +118,26 @@ def test_advice_names_levels_and_layers(found):
     row, layer = found.levels[0], found.layers[0]
     fast = replace(row, timing=Timing(1.0, 1.0, 1.0, 1.0, 3), prunable_kept=0.5)
     dense = replace(found.dense, timing=Timing(2.0, 1.5, 2.5, 1.5, 3))
-    quick, slow = replace(layer, dense_ms=1e9), replace(layer, dense_ms=0.0)
+    quick, unsure, slow = (
+        replace(
+            layer, dense_ms=1.0, dense_q1_ms=0.9, dense_q3_ms=1.1,
+            times=(LayerTime(0.5, 0.5, ms, ms - 0.1, ms + 0.1),),
+        )
+        for ms in (0.5, 1.01, 2.0)
+    )  # fmt: skip
     lines = list(advice(replace(found, dense=dense, levels=(fast,), layers=(quick,))))
     assert lines[0] == "Faster than dense beyond the spread of the rounds: 50 %."
-    assert lines[-2] == "Every layer that is pruned is faster than dense at every level."
+    assert lines[-2].startswith("Every layer that is pruned is faster than dense at every level,")
     held = replace(fast, prunable_kept=0.56)
     lines = list(advice(replace(found, dense=dense, levels=(held,), layers=(quick,))))
     assert lines[1].startswith("At 50 %, 56.0 % of the prunable weights are left")
     near = replace(row, timing=Timing(1.4, 1.3, 1.6, 1.3, 3))
     lines = list(advice(replace(found, dense=dense, levels=(near,), layers=(quick, slow))))
     assert lines[0] == "Not faster than dense beyond the spread of the rounds: 50 %."
-    assert "At 50 %, 1 of 2 layers gain no time: body. Leave them dense" in lines[-2]
+    assert "At 50 %, 1 of 2 layers are slower than dense: body. Leave them dense" in lines[-2]
+    lines = list(advice(replace(found, dense=dense, levels=(fast,), layers=(quick, unsure))))
+    assert "At 50 %, 1 of 2 layers differ from dense by no more than the spread" in lines[-2]
+    assert not any("Every layer" in line or "slower" in line for line in lines)
 
 
 def test_break_even_in_words():

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from blocksparse.perf import Machine, Timing, TotalCost
     from blocksparse.runtime.network import Network
 
+MIN_SECONDS = 0.25
+"""Of timed calls: twenty rounds of a network of 0.05 ms differ by two times from run to run."""
+
 EPILOG = """\
 examples:
   blocksparse bench model.bsr.safetensors                       one image at a time
@@ -86,7 +89,7 @@ def add_parser(commands: Any) -> None:
         type=ui.positive,
         default=20,
         metavar="N",
-        help="timed calls per batch size (20)",
+        help="timed calls per batch size, at least (20); small networks get more",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures as JSON, too")
     ui.add_engine_arguments(parser)
@@ -130,7 +133,7 @@ def measure(
     batches : list of int
         Images per call.
     rounds : int
-        Timed calls per batch size.
+        Timed calls per batch size, at least; as many more as `MIN_SECONDS` asks for.
     on_round : callable, optional
         Told the share of the work that is done, 0..1.
 
@@ -148,7 +151,7 @@ def measure(
         network.warmup(batch)
         array = random.standard_normal((batch, *network.input_shape), dtype=np.float32)
         candidates[str(batch)] = lambda array=array: network(array)  # type: ignore[misc]
-    timings = interleave(candidates, rounds=rounds, on_round=on_round)
+    timings = interleave(candidates, rounds=rounds, min_seconds=MIN_SECONDS, on_round=on_round)
     return [Speed.of(int(batch), timing, work) for batch, timing in timings.items()]
 
 

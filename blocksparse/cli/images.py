@@ -89,6 +89,12 @@ def inputs(
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise CommandError(f"{path} is not a readable .npy array: {error}") from error
+    if not isinstance(array, np.ndarray):  # NumPy looks at the content, not at the name
+        array.close()
+        raise CommandError(
+            f"{path} is no .npy array but an .npz archive of several under that name; save each "
+            "with numpy.save"
+        )
     if array.dtype == np.uint8 and array.ndim in (2, 3):
         image = _image_of(array, preprocessing, path)
         yield str(path), _input_of(image, preprocessing, path, shape)

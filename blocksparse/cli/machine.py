@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
   blocksparse machine           the ceilings, measured the first time (some seconds) and then kept
-  blocksparse machine --again   measure anew, such as when nothing else runs any more
+  blocksparse machine --again   measure once more, such as when nothing else runs any more
   blocksparse machine --json    all figures, to be read by a program
 
 Multiply-adds: vector instructions that never leave the registers, two operations for each product,
 for float32 and for the bf16 and int8 dot products this processor has. Reading: a working set that
 fits no nearer cache, read again and again. Each figure is the best of several short runs, on one
 thread and on all cores this process may use.
+
+What else runs only makes a run slower, so --again keeps the better figure, old or new. The last
+line says in which file they lie; to start over, delete it.
 
 FLOP per byte is float32 multiply-adds over reading, on all cores: a layer that does less work than
 that for each byte it reads from there is held back by reading, whatever its kernel.
@@ -36,7 +39,9 @@ def add_parser(commands: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--again", action="store_true", help="measure anew, and keep that")
+    parser.add_argument(
+        "--again", action="store_true", help="measure once more, and keep the better"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.set_defaults(run=command)
 
@@ -60,6 +65,8 @@ def measured(again: bool = False) -> Ceilings:
 
 
 def _show(found: Ceilings) -> None:
+    from blocksparse.perf.measure import ceilings_file
+
     out = ui.console()
     caches = ", ".join(f"{cache.name} {_size(cache.bytes)}" for cache in found.caches)
     plural = "" if found.cores == 1 else "s"
@@ -71,24 +78,28 @@ def _show(found: Ceilings) -> None:
     peak = found.peak("f32", found.cores)
     for row in (*found.compute, *found.reading):
         reads = row in found.reading
-        values = [_three(row.one), _three(row.all)][: len(teams)]
+        values = ["" if rate is None else _three(rate) for rate in (row.one, row.all)][: len(teams)]
         grid.add_row(
             f"read {row.name}" if reads else f"multiply-add {row.name}",
             *values,
             row.unit,
-            f"{peak / row.all:.1f}" if reads else "",
+            f"{peak / row.all:.1f}" if reads and row.all is not None else "",
             f"{_size(row.bytes_one)} a thread" if reads else "registers",
         )
     out.print(grid)
     slowest = min(
-        min(row.median_one / row.one, row.median_all / row.all)
+        median / best
         for row in (*found.compute, *found.reading)
+        for median, best in ((row.median_one, row.one), (row.median_all, row.all))
+        if median is not None and best is not None
     )
     out.print(
         f"best of several runs; the median run reached {ui.percent(slowest)} of the best or more"
     )
     for note in found.notes:
-        out.print(f"note: {note}")
+        out.print(f"note: {note}", soft_wrap=True)
+    if (path := ceilings_file()).exists():  # a folder that cannot be written keeps none
+        out.print(f"kept in {ui.one_line(str(path))}", soft_wrap=True)
 
 
 def _size(count: int) -> str:

@@ -35,8 +35,9 @@ The network is given random masks at each level, and runs in turn with its dense
 depends on how many blocks are stored and hardly on which: a trained network of that sparsity takes
 about as long. Accuracy is not measured; only training tells it.
 
-break-even is the sparsity from which on a layer is faster sparse than dense, interpolated between
-measured times: `always` is faster even with nothing dropped, `never` is slower at every level.
+A layer is called faster or slower than dense where the quartiles of its times lie apart from those
+of dense. break-even is the sparsity from which on it is faster, interpolated between measured
+times: `always` even with nothing dropped, `never` not even at the highest level.
 
 patterns: {patterns}"""
 
@@ -247,7 +248,7 @@ def advice(found: WhatIf) -> Iterator[str]:
         yield f"Faster than dense beyond the spread of the rounds: {', '.join(pay)}."
     if rest:
         yield f"Not faster than dense beyond the spread of the rounds: {', '.join(rest)}."
-    gain_nothing = False
+    all_gain = True
     for row in found.levels:
         if row.prunable_kept > 1 - row.sparsity + HELD_BACK:
             yield (
@@ -255,15 +256,24 @@ def advice(found: WhatIf) -> Iterator[str]:
                 "left: layers with few blocks, or ragged groups, keep more than asked."
             )
         slow = [layer.name for layer in found.slower_than_dense(row.sparsity)]
+        unsure = [layer.name for layer in found.within_spread(row.sparsity)]
+        all_gain = all_gain and not slow and not unsure
         if slow:
-            gain_nothing = True
             yield (
-                f"At {_level(row)}, {len(slow)} of {len(found.layers)} layers gain no time: "
-                f"{_names(slow)}. Leave them dense, here with --dense, in training with "
+                f"At {_level(row)}, {len(slow)} of {len(found.layers)} layers are slower than "
+                f"dense: {_names(slow)}. Leave them dense, here with --dense, in training with "
                 "sparsity.dense."
             )
-    if not gain_nothing:
-        yield "Every layer that is pruned is faster than dense at every level."
+        if unsure:
+            yield (
+                f"At {_level(row)}, {len(unsure)} of {len(found.layers)} layers differ from dense "
+                f"by no more than the spread of the rounds: {_names(unsure)}."
+            )
+    if all_gain:
+        yield (
+            "Every layer that is pruned is faster than dense at every level, beyond the spread of "
+            "the rounds."
+        )
     yield "What a level costs in accuracy is not measured here; only training tells it."
 
 

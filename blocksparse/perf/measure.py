@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,7 +44,7 @@ ATTEMPTS = 3
 QUIET = 0.8
 """Least share of the best run that the median run reaches on a quiet machine."""
 
-_VERSION = 2  # of what is kept on disk
+_VERSION = 3  # of what is kept on disk
 _log = logging.getLogger(__name__)
 
 
@@ -52,27 +53,26 @@ def machine_ceilings(
 ) -> Ceilings:
     """Return the ceilings of this machine, measured once and then kept on disk.
 
-    They lie beside the compiled kernels and are found again for the same processor, number of
-    cores, probes and compiler. A file that cannot be read is measured anew; a folder that cannot
-    be written costs the next process the same few seconds.
+    They lie beside the compiled kernels, in :func:`ceilings_file`, and are found again for the same
+    processor, number of cores, caches, probes and compiler. A file that cannot be read is measured
+    anew; a folder that cannot be written costs the next process the same few seconds.
 
     Parameters
     ----------
     again : bool
-        Measure even where there is something kept.
+        Measure even where there is something kept. The better of both figures counts, for each
+        probe: what runs meanwhile must not lower what was reached before. Only without the file
+        all starts over.
     on_share : callable, optional
         Told the share of the work that is done, 0..1.
     """
-    target, cores = host(), usable_cores()
-    path = _kept_at(target, cores)
-    if not again:
-        try:
-            return Ceilings.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            _log.warning("measuring again: cannot read the ceilings in %s (%s)", path, error)
-    measured = measure(cores=cores, on_share=on_share)
+    path = ceilings_file()
+    kept = _read(path)
+    if kept is not None and not again:
+        return kept
+    measured = measure(cores=usable_cores(), on_share=on_share)
+    if kept is not None:
+        measured = measured.or_better(kept)
     _keep(path, measured)
     return measured
 
@@ -101,7 +101,7 @@ def measure(
     """
     cores = cores or usable_cores()
     target = host()
-    caches = system_caches(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else ()
+    caches = _told_caches()
     notes = []
     if not caches:
         caches = usual_caches(cores)
@@ -110,11 +110,17 @@ def measure(
     limit = memory_limit() // 4 if memory_bytes is None else memory_bytes
     teams = sorted({1, cores})
     sets = {count: working_sets(caches, count, cores, limit, target) for count in teams}
-    if sets[cores][MEMORY] * cores < 2 * caches[-1].within_reach(cores) - probes.read_bytes(target):
+    if limit < 2 * sum(cache.within_reach(cores) for cache in caches):
         notes.append(
-            f"reading from memory took {limit / 2**20:.0f} MiB at most, less than twice the last "
+            f"reading from memory took {limit / 2**20:.0f} MiB at most, less than twice the "
             "caches: part of it came from there"
         )
+    for count, who in {cores: "all cores", 1: "one thread"}.items():
+        if missing := [cache.name for cache in caches if cache.name not in sets[count]]:
+            notes.append(
+                f"reading from {', '.join(missing)} is not measured on {who}: a thread's share of "
+                "it is less than twice that of a nearer cache, so they cannot be told apart"
+            )
     helpers = Helpers()
     try:
         runs = _runs(sets, target, helpers)
@@ -138,12 +144,12 @@ def measure(
         )
 
     def ceiling(name: str, unit: str) -> Ceiling:
-        labels = {count: _label(name, count) for count in teams}
+        labels = {n: _label(name, n) for n in teams if _label(name, n) in runs}
         best = {n: runs[text].work / timings[text].best_ms / 1e6 for n, text in labels.items()}
         median = {n: runs[text].work / timings[text].median_ms / 1e6 for n, text in labels.items()}
         size = {n: sets[n].get(name, 0) for n in teams}
         return Ceiling(
-            name, unit, best[1], best[cores], median[1], median[cores], size[1], size[cores]
+            name, unit, best[1], best.get(cores), median[1], median.get(cores), size[1], size[cores]
         )
 
     return Ceilings(
@@ -162,7 +168,10 @@ def working_sets(
     """Choose what each thread reads so that it comes from one level and from no other.
 
     The nearest level: half of it. Each further one: the geometric mean of its own share and of the
-    share of the level before it, far from either. Memory: twice the last caches, within the limit.
+    largest share of a nearer level, far from either, but at least 1.5 times the nearer one. Where
+    its own share is less than twice the nearer one there is no room between them, as for the last
+    level of many server processors when all cores read: it is left out. Memory: twice all caches
+    together, within the limit.
 
     Parameters
     ----------
@@ -178,16 +187,20 @@ def working_sets(
     Returns
     -------
     dict of str to int
-        Bytes per thread, by level.
+        Bytes per thread, by level; levels that cannot be told apart are missing.
     """
     sizes: dict[str, float] = {}
     before = 0
     for cache in caches:
         share = cache.bytes // min(threads, cache.cores)
-        sizes[cache.name] = math.sqrt(before * share) if before else share / 2
-        before = share
-    # all caches of the last level: a thread that moves from core to core has them all
-    sizes[MEMORY] = min(2 * caches[-1].within_reach(cores), limit) / threads
+        if not before:
+            sizes[cache.name] = share / 2
+        elif share >= 2 * before:
+            sizes[cache.name] = max(math.sqrt(before * share), 1.5 * before)
+        before = max(before, share)
+    # all levels, since some keep only what no other has; those of all cores, since a thread that
+    # moves from core to core has them all
+    sizes[MEMORY] = min(2 * sum(cache.within_reach(cores) for cache in caches), limit) / threads
     turn = probes.read_bytes(target)
     return {name: max(int(size) // turn, 1) * turn for name, size in sizes.items()}
 
@@ -280,11 +293,19 @@ class _Run:
             self.kernel(*row)
             done.release()
 
+        def help_drive(row: list[int]) -> None:
+            with suppress(threading.BrokenBarrierError):  # the caller gave up
+                drive(row)
+
         first, *others = self.arguments.tolist()
-        self.helpers.start(drive, [(row,) for row in others])
-        drive(first)
-        for _ in range(threads):
-            done.acquire()
+        try:
+            self.helpers.start(help_drive, [(row,) for row in others])
+            drive(first)
+            for _ in range(threads):
+                done.acquire()
+        except BaseException:  # such as Ctrl-C: nobody may wait for this thread any more
+            together.abort()
+            raise
 
     def calibrate(self, seconds: float) -> None:
         """Choose a number of turns that takes about so long."""
@@ -299,15 +320,35 @@ class _Run:
         self.turns = max(self.least_turns, int(self.turns * seconds / spent))
 
 
-def _kept_at(target: Target, cores: int) -> Path:
+def _told_caches() -> tuple[Cache, ...]:
+    """Return the caches of the cores that this process may use, empty where nothing tells them."""
+    return system_caches(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else ()
+
+
+def ceilings_file() -> Path:
+    """Return where the ceilings of this machine are kept, whether they are or not."""
+    target, cores = host(), usable_cores()
     machine = describe_machine()
     texts = [probes.write_multiply(p, target)[1] for p in probes.precisions(target)]
+    # the same processor has other caches under `taskset`, and in a larger virtual machine
+    caches = [f"{cache.name} {cache.bytes} {cache.cores}" for cache in _told_caches()]
     parts = (
         str(_VERSION), machine.processor, target.triple, target.cpu, target.features, str(cores),
-        llvmlite.__version__, probes.write_read(target)[1], *texts,
+        llvmlite.__version__, probes.write_read(target)[1], *texts, *caches,
     )  # fmt: skip
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     return cache_folder() / f"ceilings-{digest}.json"
+
+
+def _read(path: Path) -> Ceilings | None:
+    """Return what is kept, or None where there is nothing that can be read."""
+    try:
+        return Ceilings.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.warning("measuring again: cannot read the ceilings in %s (%s)", path, error)
+        return None
 
 
 def _keep(path: Path, measured: Ceilings) -> None:

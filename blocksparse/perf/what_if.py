@@ -170,21 +170,25 @@ def _network_figures(
 
 
 def _layer_figures(
-    layer: Layer, models: Mapping[float, Model], times: Mapping[str, Mapping[str, float]]
+    layer: Layer, models: Mapping[float, Model], times: Mapping[str, Mapping[str, Timing]]
 ) -> LayerFigures:
     name = layer.name
-    points = tuple(
-        LayerTime(level, 1 - model.weights[name].density, times[str(level)][name])
-        for level, model in models.items()
-    )
-    dense_ms = times[_DENSE][name]
+    points = []
+    for level, model in models.items():
+        timing = times[str(level)][name]
+        sparsity = 1 - model.weights[name].density
+        points.append(LayerTime(level, sparsity, timing.median_ms, timing.q1_ms, timing.q3_ms))
+    dense = times[_DENSE][name]
     return LayerFigures(
         name=name,
         shape=layer.shape,
-        dense_ms=dense_ms,
-        dense_share=dense_ms / sum(times[_DENSE].values()),
-        times=points,
-        break_even=break_even([(point.sparsity, point.ms) for point in points], dense_ms),
+        dense_ms=dense.median_ms,
+        dense_q1_ms=dense.q1_ms,
+        dense_q3_ms=dense.q3_ms,
+        dense_share=dense.median_ms / sum(timing.median_ms for timing in times[_DENSE].values()),
+        times=tuple(points),
+        # from the near ends of the spreads: medians alone would call noise a gain
+        break_even=break_even([(point.sparsity, point.q3_ms) for point in points], dense.q1_ms),
     )
 
 
@@ -194,8 +198,8 @@ def _node_times(
     rounds: int,
     min_seconds: float,
     on_round: Callable[[float], None],
-) -> dict[str, dict[str, float]]:
-    """Return the median milliseconds of every node, by network and node name."""
+) -> dict[str, dict[str, Timing]]:
+    """Return the time of every node, by network and node name."""
     calls: dict[str, list[npt.NDArray[np.int64]]] = {name: [] for name in networks}
 
     def timed(name: str) -> None:
@@ -210,7 +214,7 @@ def _node_times(
         min_seconds=min_seconds,
         on_round=on_round,
     )
-    result: dict[str, dict[str, float]] = {}
+    result: dict[str, dict[str, Timing]] = {}
     for name, network in networks.items():
         assert isinstance(network.engine, CompiledEngine)
         owners = [step.node.name for step in network.engine.steps.steps]
@@ -219,6 +223,8 @@ def _node_times(
         per_node = np.zeros((len(calls[name]) // 2, len(nodes)))
         for row, step_ns in zip(per_node, calls[name][1::2], strict=True):
             np.add.at(row, index, step_ns)
-        medians = np.median(per_node, axis=0) / 1e6
-        result[name] = dict(zip(nodes.tolist(), medians.tolist(), strict=True))
+        seconds = (per_node.T / 1e9).tolist()
+        result[name] = {
+            node: Timing.of(each) for node, each in zip(nodes.tolist(), seconds, strict=True)
+        }
     return result

@@ -51,13 +51,15 @@ class LayerTime:
         The sparsity asked for, 0..1.
     sparsity : float
         The one it has, 0..1: up to one block more, or less where a floor keeps blocks.
-    ms : float
-        Median milliseconds per call.
+    ms, q1_ms, q3_ms : float
+        Milliseconds per call: the median, and the first and third quartile.
     """
 
     asked: float
     sparsity: float
     ms: float
+    q1_ms: float
+    q3_ms: float
 
 
 @dataclass(frozen=True)
@@ -70,27 +72,41 @@ class LayerFigures:
         Of its node.
     shape : tuple of int
         Of its weight, (K, C, R, S) or (O, I).
-    dense_ms : float
-        Median milliseconds per call, stored dense.
+    dense_ms, dense_q1_ms, dense_q3_ms : float
+        Milliseconds per call, stored dense: the median, and the first and third quartile.
     dense_share : float
         Its share of the time of the dense network, 0..1.
     times : tuple of LayerTime
         By rising sparsity.
     break_even : float or None
-        The sparsity from which on it is faster than dense, 0..1: 0 if it always is, None if it is
-        not even at the highest.
+        The sparsity from which on it is faster than dense by more than the quartiles spread, 0..1:
+        0 if it always is, None if it is not even at the highest.
     """
 
     name: str
     shape: tuple[int, ...]
     dense_ms: float
+    dense_q1_ms: float
+    dense_q3_ms: float
     dense_share: float
     times: tuple[LayerTime, ...]
     break_even: float | None
 
+    def at(self, asked: float) -> LayerTime:
+        """Return the time at a sparsity that was asked for."""
+        return next(time for time in self.times if time.asked == asked)
+
     def ms_at(self, asked: float) -> float:
-        """Return the milliseconds at a sparsity that was asked for."""
-        return next(time.ms for time in self.times if time.asked == asked)
+        """Return the median milliseconds at a sparsity that was asked for."""
+        return self.at(asked).ms
+
+    def slower(self, asked: float) -> bool:
+        """Say whether it is slower than dense by more than the quartiles spread."""
+        return self.at(asked).q1_ms > self.dense_q3_ms
+
+    def faster(self, asked: float) -> bool:
+        """Say whether it is faster than dense by more than the quartiles spread."""
+        return self.at(asked).q3_ms < self.dense_q1_ms
 
 
 @dataclass(frozen=True)
@@ -122,8 +138,12 @@ class WhatIf:
     left_dense: tuple[Layer, ...]
 
     def slower_than_dense(self, asked: float) -> list[LayerFigures]:
-        """List the layers that gain nothing at a sparsity that was asked for."""
-        return [layer for layer in self.layers if layer.ms_at(asked) >= layer.dense_ms]
+        """List the layers that lose time, beyond the spread, at a sparsity that was asked for."""
+        return [layer for layer in self.layers if layer.slower(asked)]
+
+    def within_spread(self, asked: float) -> list[LayerFigures]:
+        """List the layers of which the rounds do not tell whether they gain or lose time."""
+        return [x for x in self.layers if not x.slower(asked) and not x.faster(asked)]
 
 
 def break_even(points: Sequence[tuple[float, float]], dense_ms: float) -> float | None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
+import threading
 from dataclasses import asdict
 from functools import partial
 
@@ -29,6 +31,8 @@ def ceilings(**changes):
         "compute": (Ceiling("f32", "GFLOP/s", 100, 600, 99, 590),),
         "reading": (
             Ceiling("L1", "GB/s", 200, 1600, 190, 1500, 16 * KIB, 16 * KIB),
+            Ceiling("L2", "GB/s", 100, 800, 90, 700, 181 * KIB, 181 * KIB),
+            Ceiling("L3", "GB/s", 40, 200, 40, 200, 6 * MIB, 3 * MIB),
             Ceiling(MEMORY, "GB/s", 10, 30, 10, 30, MIB, MIB),
         ),
         "notes": ("a note",),
@@ -68,6 +72,19 @@ def test_a_precision_that_was_not_measured_is_named():
 )
 def test_level_is_the_nearest_that_holds_the_bytes(count, threads, level):
     assert ceilings().level_of(count, threads) == level
+
+
+def test_what_was_not_measured_on_all_cores_rises_with_each_thread():
+    row = Ceiling("L3", "GB/s", 40, None, 39, None, MIB, 0)
+    assert [row.at(n, 8) for n in (1, 2, 8, 9)] == [40, 80, 320, 320]
+    assert row.or_better(row) == row
+
+
+def test_a_level_that_was_not_measured_is_taken_for_the_nearer_one():
+    rows = tuple(row for row in ceilings().reading if row.name != "L3")
+    left_out = ceilings(reading=rows)
+    assert left_out.level_of(2 * MIB, 1) == "L2"
+    assert left_out.level_of(33 * MIB, 1) == MEMORY
 
 
 # caches
@@ -111,6 +128,32 @@ def test_working_sets_fit_their_level_and_no_nearer_one(caches, threads):
         assert before < sizes[cache.name] * min(threads, cache.cores) < cache.bytes
         before = cache.bytes
     assert sizes[MEMORY] * threads > 1.9 * caches[-1].bytes
+
+
+SERVERS = {  # cores, caches, what can be told apart when all cores read
+    "Sapphire Rapids": (56, (48 * KIB, 2 * MIB, 105 * MIB), ["L1", "L2"]),
+    "64 cores": (64, (64 * KIB, MIB, 32 * MIB), ["L1", "L2"]),
+    "barely": (8, (32 * KIB, MIB, 16 * MIB), ["L1", "L2", "L3"]),
+    "Zen 4": (8, (32 * KIB, MIB, 32 * MIB), ["L1", "L2", "L3"]),
+}
+
+
+@pytest.mark.parametrize(("cores", "sizes", "apart"), SERVERS.values(), ids=SERVERS)
+def test_no_nearer_cache_holds_a_working_set_when_all_cores_read(cores, sizes, apart):
+    caches = tuple(
+        Cache(level, size, cores if level == 3 else 1) for level, size in enumerate(sizes, 1)
+    )
+    sets = measure.working_sets(caches, cores, cores, 10**12, host())
+    assert list(sets) == [*apart, MEMORY]
+    turn, nearer = probes.read_bytes(host()), 0
+    for cache in caches:
+        share = cache.bytes // cache.cores
+        if cache.name in sets:
+            assert 1.5 * nearer - turn <= sets[cache.name] < 0.8 * share
+        nearer = max(nearer, share)
+    assert (sets[MEMORY] + turn) * cores >= 2 * sum(c.within_reach(cores) for c in caches)
+    alone = measure.working_sets(caches, 1, cores, 10**12, host())
+    assert list(alone) == ["L1", "L2", "L3", MEMORY]
 
 
 def test_working_set_of_memory_keeps_the_limit():
@@ -199,6 +242,22 @@ def test_threads_read_parts_of_their_own_and_their_work_adds_up():
     assert next_start > end
 
 
+def test_helpers_end_after_an_interruption_before_all_have_started():
+    class Interrupted(Helpers):
+        def start(self, work, calls):
+            super().start(work, calls)
+            raise KeyboardInterrupt
+
+    turn, helpers = probes.read_bytes(host()), Interrupted()
+    run = measure._runs({2: {"L1": turn}}, host(), helpers)["L1 on 2"]
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    closing = threading.Thread(target=helpers.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive(), "a helper waits for a caller that is gone"
+
+
 # measuring and keeping
 
 
@@ -216,6 +275,18 @@ def test_what_could_not_be_told_apart_is_said():
     assert any("1 MiB at most" in note for note in quick(cores=1).notes)
 
 
+def test_a_cache_that_all_cores_cannot_tell_apart_is_noted(monkeypatch):
+    caches = (Cache(1, 16 * KIB, 1), Cache(2, 128 * KIB, 1), Cache(3, 300 * KIB, 2))
+    monkeypatch.setattr(measure, "system_caches", lambda cpus: caches)
+    found = quick(cores=2)
+    assert [row.name for row in found.reading] == ["L1", "L2", "L3", MEMORY]
+    assert found.reading[2].all is found.reading[2].median_all is None
+    assert found.bandwidth("L3", 2) == 2 * found.reading[2].one
+    (note,) = (note for note in found.notes if "told apart" in note)
+    assert "L3 is not measured on all cores" in note
+    assert Ceilings.from_dict(json.loads(json.dumps(asdict(found)))) == found
+
+
 def test_ceilings_are_measured_once_and_a_damaged_file_is_replaced(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path / "kept"))
     monkeypatch.setattr(measure, "measure", quick)
@@ -223,7 +294,6 @@ def test_ceilings_are_measured_once_and_a_damaged_file_is_replaced(tmp_path, mon
     first = measure.machine_ceilings(on_share=shares.append)
     assert shares[-1] == 1
     assert measure.machine_ceilings() == first
-    assert measure.machine_ceilings(again=True) != first
     (path,) = (tmp_path / "kept").glob("*.json")
     for damage in ("{", "{}", "[]", '{"processor": 1}'):
         path.write_text(damage)
@@ -231,6 +301,41 @@ def test_ceilings_are_measured_once_and_a_damaged_file_is_replaced(tmp_path, mon
         again = measure.machine_ceilings()
         assert str(path) in caplog.text
         assert measure.machine_ceilings() == again
+
+
+def test_measuring_again_keeps_the_better_of_each_figure(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path))
+    series = [
+        ceilings(compute=(Ceiling("f32", "GFLOP/s", *figures),), notes=(note,))
+        for figures, note in (((100, 600, 99, 590), "quiet"), ((110, 300, 90, 200), "busy"))
+    ]
+    left = [*series, series[1]]
+    monkeypatch.setattr(measure, "measure", lambda **_: left.pop(0))
+    assert measure.machine_ceilings() == series[0]
+    better = measure.machine_ceilings(again=True)
+    assert better.compute == (Ceiling("f32", "GFLOP/s", 110, 600, 90, 590),)
+    assert better.reading == series[0].reading
+    assert better.notes == ("busy",)
+    assert measure.machine_ceilings() == better
+    measure.ceilings_file().unlink()
+    assert measure.machine_ceilings(again=True) == series[1]
+
+
+def test_other_caches_have_ceilings_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKSPARSE_CACHE", str(tmp_path))
+    last = [(32 * MIB, 4), (16 * MIB, 4), (32 * MIB, 2)]  # such as another size of virtual machine
+    files = set()
+    for size, cores in (*last, last[0]):
+        caches = (*CACHES[:2], Cache(3, size, cores))
+        monkeypatch.setattr(measure, "system_caches", lambda cpus, caches=caches: caches)
+        files.add(measure.ceilings_file())
+    assert len(files) == len(last)
+
+
+def test_figures_of_other_working_sets_are_not_compared():
+    few, many = (Ceiling(MEMORY, "GB/s", rate, rate, 1, 1, size, size)
+                 for rate, size in ((90, MIB), (10, 64 * MIB)))  # fmt: skip
+    assert many.or_better(few) == many
 
 
 def test_ceilings_that_cannot_be_kept_only_warn(tmp_path, monkeypatch, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from blocksparse.export import export_model
 from blocksparse.format import BsrWeight, DenseWeight, NMWeight, check_model, write
 from blocksparse.perf.masked_models import Choice, densify, find_layers, mask_model
 from blocksparse.perf.random_masks import Blocks, Groups
-from blocksparse.perf.what_if import LADDER, what_if
-from blocksparse.perf.what_if_figures import break_even
+from blocksparse.perf.timing import Timing
+from blocksparse.perf.what_if import LADDER, _layer_figures, what_if
+from blocksparse.perf.what_if_figures import LayerTime, break_even
 from blocksparse.runtime import load, reference
 from blocksparse.runtime.tolerance import tolerance
 from blocksparse.sparsity import NM, Block, resolve
@@ -175,10 +177,11 @@ def test_levels_rise_and_layers_are_timed_on_the_whole_ladder(found):
     assert (found.batch, found.threads, found.pattern) == (2, 1, "block 8x8 shared")
     for layer in found.layers:
         assert tuple(time.asked for time in layer.times) == LADDER
-        assert all(time.ms > 0 for time in layer.times)
+        assert all(0 < time.q1_ms <= time.ms <= time.q3_ms for time in layer.times)
+        assert 0 < layer.dense_q1_ms <= layer.dense_ms <= layer.dense_q3_ms
         assert layer.times[0].sparsity == 0
         assert layer.break_even == break_even(
-            [(time.sparsity, time.ms) for time in layer.times], layer.dense_ms
+            [(time.sparsity, time.q3_ms) for time in layer.times], layer.dense_q1_ms
         )
         assert layer.ms_at(0.75) == layer.times[3].ms
     assert 0 < sum(layer.dense_share for layer in found.layers) < 1
@@ -187,12 +190,45 @@ def test_levels_rise_and_layers_are_timed_on_the_whole_ladder(found):
 
 def test_a_layer_that_computes_a_tenth_takes_less_time():
     wide = export_model(network(128), (3, 24, 24))
-    found = what_if(wide, [0.9], Blocks(), threads=1, rounds=5)
+    found = what_if(wide, [0.9], Blocks(), threads=1, rounds=9)
     layer, pointwise, linear = found.layers
     assert layer.dense_ms > pointwise.dense_ms > linear.dense_ms  # 42, 9 and 0.001 million products
     assert layer.ms_at(0.9) < 0.6 * layer.dense_ms
     assert layer.break_even is not None
     assert layer.dense_share > 0.2
+
+
+@pytest.mark.parametrize(
+    ("quartiles", "verdict"),
+    [
+        ((0.7, 0.8), "faster"),
+        ((0.7, 0.95), "within spread"),  # the median alone says faster
+        ((0.95, 1.2), "within spread"),
+        ((1.05, 1.3), "within spread"),  # the median alone says slower
+        ((1.2, 1.3), "slower"),
+    ],
+)
+def test_a_layer_is_faster_or_slower_where_quartiles_lie_apart(found, quartiles, verdict):
+    low, high = quartiles
+    layer = replace(
+        found.layers[0], dense_ms=1.0, dense_q1_ms=0.9, dense_q3_ms=1.1,
+        times=(LayerTime(0.5, 0.5, (low + high) / 2, low, high),),
+    )  # fmt: skip
+    one = replace(found, layers=(layer,))
+    assert one.slower_than_dense(0.5) == ([layer] if verdict == "slower" else [])
+    assert one.within_spread(0.5) == ([layer] if verdict == "within spread" else [])
+    assert layer.faster(0.5) == (verdict == "faster")
+
+
+def test_noise_is_no_break_even(found):
+    # medians of 0.98 and 0.97 of dense, within its quartiles
+    sparse = [Timing(0.98, 0.9, 1.1, 0.9, 9), Timing(0.97, 0.9, 1.1, 0.9, 9)]
+    times = {"dense": {"3": Timing(1.0, 0.9, 1.1, 0.9, 9)}}
+    times |= {str(level): {"3": timing} for level, timing in zip((0.0, 0.5), sparse, strict=True)}
+    layers = [layer for layer in found.layers if layer.name == "3"]
+    model = SimpleNamespace(weights={"3": SimpleNamespace(density=0.5)})
+    figures = _layer_figures(layers[0], {0.0: model, 0.5: model}, times)
+    assert figures.break_even is None
 
 
 def test_a_pattern_of_one_sparsity_is_measured_there_only(model):
