@@ -212,21 +212,32 @@ def moments(
         Products of some images are summed in float32, and these sums in float64, on the device of
         the inputs (MPS: on the CPU).
     """
-    unfold = _unfolder(layer)
+    # Products are taken of what is beyond the means of the first image: float32 would round off a
+    # variance far below the square of its mean, and what it leaves could be negative.
+    (unfold_x, pilot_x), (unfold_d, pilot_d) = (_unfolder(layer, part) for part in (pruned, dense))
     step = max(_CHUNK // (pruned[0].numel() * _taps(layer)), 1)
     count, sums = 0, [torch.zeros((), dtype=torch.float64)] * 6
     for start in range(0, len(pruned), step):
-        x, d = (unfold(part[start : start + step]) for part in (pruned, dense))
+        x, d = unfold_x(pruned[start : start + step]), unfold_d(dense[start : start + step])
         e = rest[start : start + step].movedim(channel_axis(layer), 0).flatten(1)
         count += x.shape[1]
         parts = [x @ x.T, d @ x.T, e @ x.T, x.sum(1), d.sum(1), e.sum(1)]
         wide = [_wide(part) for part in parts]
         sums = [total.to(part.device) + part for total, part in zip(sums, wide, strict=True)]
-    inner, cross, extra, mean_x, mean_d, mean_e = (total / count for total in sums)
+    inner, cross, extra, beyond_x, beyond_d, mean_e = (total / count for total in sums)
+    inner = inner - torch.outer(beyond_x, beyond_x)
+    cross = cross - torch.outer(beyond_d, beyond_x)
+    extra = extra - torch.outer(mean_e, beyond_x)
+    mean_x, mean_d = beyond_x + _wide(pilot_x), beyond_d + _wide(pilot_d)
     if centered:
-        inner = inner - torch.outer(mean_x, mean_x)
-        cross = cross - torch.outer(mean_d, mean_x)
-        extra = extra - torch.outer(mean_e, mean_x)
+        # An input that varies by no more than its rounding is constant: nothing is fitted to that.
+        constant = inner.diagonal() <= (torch.finfo(pruned.dtype).eps * mean_x).square()
+        inner = inner.masked_fill(constant | constant[:, None], 0.0)
+        cross, extra = cross.masked_fill(constant, 0.0), extra.masked_fill(constant, 0.0)
+    else:
+        inner = inner + torch.outer(mean_x, mean_x)
+        cross = cross + torch.outer(mean_d, mean_x)
+        extra = extra + torch.outer(mean_e, mean_x)
     return Moments(inner, cross, extra)
 
 
@@ -274,10 +285,14 @@ def _taps(layer: nn.Module) -> int:
     return math.prod(layer.kernel_size) if isinstance(layer, _ConvNd) else 1
 
 
-def _unfolder(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return what brings inputs of ``layer`` into columns [F, P]."""
+def _unfolder(layer: nn.Module, images: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Return what brings inputs of ``layer`` into columns [F, P], less a pilot, and the pilot [F].
+
+    The pilot is the mean of the columns of the first image.
+    """
     if not isinstance(layer, _ConvNd):
-        return lambda x: x.reshape(-1, x.shape[-1]).T
+        pilot = images[:1].reshape(-1, images.shape[-1]).mean(0)
+        return lambda x: (x - pilot).reshape(-1, x.shape[-1]).T, pilot
     taps = _taps(layer)
     # A depthwise convolution whose outputs are the taps: any dimension, stride and padding.
     copies = type(layer)(  # type: ignore[call-arg]
@@ -288,14 +303,16 @@ def _unfolder(layer: nn.Module) -> Callable[[Tensor], Tensor]:
         padding=layer.padding,
         dilation=layer.dilation,
         groups=layer.in_channels,
-        bias=False,
         padding_mode=layer.padding_mode,
         device=layer.weight.device,
         dtype=layer.weight.dtype,
     )
     one_hot = torch.eye(taps).repeat(layer.in_channels, 1)
     copies.weight.copy_(one_hot.reshape(copies.weight.shape))
-    return lambda x: copies(x).transpose(0, 1).flatten(1)
+    bias: Tensor = nn.init.zeros_(copies.bias)  # type: ignore[arg-type]
+    pilot = copies(images[:1]).transpose(0, 1).flatten(1).mean(1)
+    bias.copy_(-pilot)  # the subtraction comes with the copies
+    return lambda x: copies(x).transpose(0, 1).flatten(1), pilot
 
 
 def _wide(part: Tensor) -> Tensor:

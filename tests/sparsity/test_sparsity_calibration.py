@@ -92,6 +92,42 @@ def test_moments_are_those_of_the_definition(
     np.testing.assert_allclose(found.rest, e @ x.T / x.shape[1], **near)
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 2, 2), nn.Linear(16, 3)])
+def test_variance_far_below_the_mean_is_not_lost(
+    layer: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_CHUNK", 1000)
+    torch.manual_seed(0)
+    shape = (40, 4, 5, 6) if isinstance(layer, nn.Conv2d) else (40, 8, 16)
+    dense = 100.0 + 0.1 * torch.randn(shape)
+    pruned = dense + 0.05 * torch.randn(shape)
+    with torch.no_grad():
+        rest = torch.randn_like(layer(pruned))
+        found = moments(layer, pruned, dense, rest, centered=True)
+    x, d = columns(layer, pruned).astype(np.float64), columns(layer, dense).astype(np.float64)
+    x, d = x - x.mean(1, keepdims=True), d - d.mean(1, keepdims=True)
+    want = x @ x.T / x.shape[1]
+    # float32 products would be 1e4 * 1e-7 off, a tenth of the variance.
+    near = {"rtol": 0, "atol": 1e-5 * want.max()}
+    np.testing.assert_allclose(found.inner, want, **near)
+    np.testing.assert_allclose(found.cross, d @ x.T / x.shape[1], **near)
+
+
+def test_inputs_that_vary_by_their_rounding_only_are_constant() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    x = torch.rand(1000, 3)
+    x[:, 0] = 0.1  # its mean in float32 is not 0.1
+    x[::2, 1], x[1::2, 1] = 0.1, torch.tensor(0.1).nextafter(torch.tensor(1.0))
+    with torch.no_grad():
+        found = moments(layer, x, x, layer(x), centered=True)
+    assert not found.inner[:2].any()
+    assert not found.inner[:, :2].any()
+    assert not found.cross[:, :2].any()
+    assert not found.rest[:, :2].any()
+    assert float(found.inner[2, 2]) == pytest.approx(float(x[:, 2].var()), rel=0.01)
+
+
 def visit_order(network: nn.Module, names: list[str], change: Any = None) -> dict[str, Moments]:
     found: dict[str, Moments] = {}
 
