@@ -79,18 +79,12 @@ def run_beside(network: nn.Module, images: Tensor, layers: Collection[str], visi
     Raises
     ------
     ValueError
-        If the network cannot be traced, or a layer does not run exactly once.
+        If the network cannot be traced, a layer does not run exactly once, or its weight or bias
+        is used elsewhere as well.
     """
     with evaluating(network):
         graph = _trace(network)
-        calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-        for name in layers:
-            if calls[name] != 1:
-                raise ValueError(
-                    f"{name}: runs {calls[name]} times for an image, and only a layer that "
-                    f"runs once can be calibrated: leave it dense (sparsity.dense='[\"{name}\"]'), "
-                    "or prune without calibration (calibration=none)"
-                )
+        _check_runs(network, graph, layers)
         _Beside(network, graph, layers, visit).run(torch.cat([images, images]))
 
 
@@ -249,6 +243,45 @@ def _trace(network: nn.Module) -> fx.Graph:
             f"{type(network).__name__} cannot be traced by torch.fx, so its layers cannot be "
             f"calibrated in turn: {error}. Prune it by training (calibration=none)"
         ) from error
+
+
+def _check_runs(network: nn.Module, graph: fx.Graph, layers: Collection[str]) -> None:
+    """Refuse layers that do not run exactly once, or share parameters with what runs besides."""
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    # By identity: two modules may hold one parameter, and a function may read that of a module.
+    users: dict[int, list[str]] = {}
+    for node in graph.nodes:
+        name = str(node.target)
+        if node.op == "call_module":
+            used = list(network.get_submodule(name).parameters())
+        elif node.op == "get_attr" and not all(_only_described(user) for user in node.users):
+            used = [operator.attrgetter(name)(network)]
+        else:
+            continue
+        for parameter in used:
+            users.setdefault(id(parameter), []).append(name)
+    for name in layers:
+        remedy = (
+            f"can be calibrated: leave it dense (sparsity.dense='[\"{name}\"]'), or prune without "
+            "calibration (calibration=none)"
+        )
+        if calls[name] != 1:
+            raise ValueError(
+                f"{name}: runs {calls[name]} times for an image, and only a layer that runs once "
+                + remedy
+            )
+        for kind, parameter in network.get_submodule(name).named_parameters():
+            others = [user for user in users[id(parameter)] if user != name]
+            if others:
+                raise ValueError(
+                    f"{name}: its {kind} is that of {', '.join(others)} as well, and only a layer "
+                    "whose parameters are used once " + remedy
+                )
+
+
+def _only_described(node: fx.Node) -> bool:
+    """Say whether a node reads what does not change with the values, as ``weight.dtype`` does."""
+    return node.target is getattr and node.args[1] in ("dtype", "device", "shape", "ndim")
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -230,6 +230,52 @@ def test_layers_that_do_not_run_once_are_refused() -> None:
             visit_order(Twice(), [name])
 
 
+class Tied(nn.Module):
+    """Two modules share their weight or bias; a function reads the weight of a third."""
+
+    def __init__(self, shared: str) -> None:
+        super().__init__()
+        self.first, self.then, self.last = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        setattr(self.then, shared, getattr(self.first, shared))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.functional.conv2d(self.then(self.first(x)), self.last.weight))
+
+
+@pytest.mark.parametrize(
+    ("name", "shared", "other"),
+    [
+        ("first", "weight", "then"),
+        ("then", "weight", "first"),
+        ("first", "bias", "then"),
+        ("last", "weight", r"last\.weight"),
+    ],
+)
+def test_layers_whose_parameters_are_used_elsewhere_are_refused(
+    name: str, shared: str, other: str
+) -> None:
+    network = Tied(shared)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(
+        ValueError, match=rf"{name}: its {shared} is that of {other} as well.*sparsity\.dense"
+    ):
+        visit_order(network, [name], lambda name, layer: layer.weight.zero_())
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_weights_that_idle_modules_share_or_whose_dtype_is_read_are_not_refused() -> None:
+    class Fine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.idle = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.idle.weight = self.layer.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.to(self.layer.weight.dtype))
+
+    assert list(visit_order(Fine(), ["layer"])) == ["layer"]
+
+
 def test_network_that_cannot_be_traced_is_refused() -> None:
     class Branch(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
