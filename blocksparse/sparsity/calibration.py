@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
 
 from blocksparse.sparsity.modes import evaluating
 
@@ -28,6 +29,9 @@ from blocksparse.sparsity.modes import evaluating
 # time of 64 MiB, for a layer of 16 channels.
 _CHUNK = 1 << 20
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+# Functions that return their input unless they are told to train. By name, as stochastic depth is
+# torchvision's, and nothing here needs that.
+_DROPS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "stochastic_depth")
 
 
 @dataclass(frozen=True)
@@ -168,16 +172,34 @@ class _Beside(fx.Interpreter):
     def _next(self, node: fx.Node) -> tuple[_BatchNorm | None, Tensor | None]:
         """Return the batch norm behind a layer, and what is added behind it, if known by then."""
         other = None
-        follower = _only_user(node)
+        node, follower = self._follower(node)
         norm = self._norm(follower)
         if follower is not None and norm is not None:
-            node, follower = follower, _only_user(follower)
+            node, follower = self._follower(follower)
         if follower is not None and follower.target in _ADDITIONS and not follower.kwargs:
             others = [input_ for input_ in follower.all_input_nodes if input_ is not node]
             # What runs later, such as the shortcut's convolution, will look back at this layer.
             if len(others) == 1 and others[0] in self.env:
                 other = self.env[others[0]]
         return norm, other
+
+    def _follower(self, node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+        """Return what alone uses an output, and the node it uses: not what is the identity here."""
+        follower = _only_user(node)
+        while follower is not None and self._is_identity(follower):
+            node, follower = follower, _only_user(follower)
+        return node, follower
+
+    def _is_identity(self, node: fx.Node) -> bool:
+        """Say whether a node returns its input in evaluation."""
+        if node.op == "call_module":
+            module = self.fetch_attr(str(node.target))
+            return isinstance(module, nn.Identity | _DropoutNd) and not module.training
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in _DROPS:
+            return False
+        # PyTorch's have it by name in a trace; stochastic_depth is (input, p, mode, training).
+        default = node.args[3] if len(node.args) > 3 else True
+        return node.kwargs.get("training", default) is False
 
 
 def moments(

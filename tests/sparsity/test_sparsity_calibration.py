@@ -10,6 +10,7 @@ import pytest
 import torch
 from naive import conv2d
 from torch import Tensor, nn
+from torchvision.ops import stochastic_depth
 
 from blocksparse.sparsity import calibration
 from blocksparse.sparsity.calibration import Moments, moments, run_beside
@@ -200,6 +201,60 @@ def test_a_layer_is_asked_to_make_up_for_what_it_is_added_to(late: bool) -> None
     x, e = (part.transpose(0, 1).flatten(1).double() for part in (inputs, missing))
     x, e = x - x.mean(1, keepdim=True), e - e.mean(1, keepdim=True)
     torch.testing.assert_close(rest, e @ x.T / x.shape[1], rtol=1e-3, atol=1e-5)
+
+
+class Dropping(Residual):
+    """With something before and behind the last batch norm that only a training notices."""
+
+    def __init__(self, before: Any, behind: Any) -> None:
+        super().__init__()
+        self.before, self.behind = before, behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = self.shortcut(x)
+        y = self.bn2(self.before(self.last(self.bn1(self.first(x)).relu())))
+        return self.behind(y) + other
+
+
+def depth(x: Tensor, training: bool = False) -> Tensor:
+    return stochastic_depth(x, 0.5, "row", training)
+
+
+def last_moments(network: Residual) -> Moments:
+    """Return what the last layer got and was to give where the shortcut was pruned to nothing."""
+    network.load_state_dict(residual().state_dict())
+    return visit_order(
+        network.eval(),
+        ["last", "shortcut"],
+        lambda name, layer: layer.weight.zero_() if name == "shortcut" else None,
+    )["last"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    "identity",
+    [
+        nn.Dropout(),
+        nn.Dropout2d(),
+        nn.Identity(),
+        lambda x: nn.functional.dropout(x, 0.5, False),
+        depth,
+        lambda x: stochastic_depth(x, p=0.5, mode="row", training=False),
+        lambda x: nn.functional.dropout2d(depth(depth(x)), training=False),
+    ],
+)
+def test_what_is_the_identity_in_evaluation_hides_no_addition(identity: Any, before: bool) -> None:
+    want = last_moments(Residual())
+    assert float(want.rest.abs().max()) > 0.1
+    pair = (identity, nn.Identity()) if before else (nn.Identity(), identity)
+    torch.testing.assert_close(last_moments(Dropping(*pair)).rest, want.rest)
+
+
+@pytest.mark.parametrize(
+    "drop", [lambda x: nn.functional.dropout(x, 0.5, True), lambda x: depth(x, True), torch.relu]
+)
+def test_what_changes_the_output_in_evaluation_ends_what_a_layer_follows(drop: Any) -> None:
+    assert not last_moments(Dropping(nn.Identity(), drop)).rest.any()
 
 
 def test_modes_and_hooks_are_as_before() -> None:
