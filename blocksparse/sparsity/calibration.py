@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
 
 from blocksparse.sparsity.modes import evaluating
 
@@ -28,6 +29,9 @@ from blocksparse.sparsity.modes import evaluating
 # time of 64 MiB, for a layer of 16 channels.
 _CHUNK = 1 << 20
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+# Functions that return their input unless they are told to train. By name, as stochastic depth is
+# torchvision's, and nothing here needs that.
+_DROPS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "stochastic_depth")
 
 
 @dataclass(frozen=True)
@@ -79,18 +83,12 @@ def run_beside(network: nn.Module, images: Tensor, layers: Collection[str], visi
     Raises
     ------
     ValueError
-        If the network cannot be traced, or a layer does not run exactly once.
+        If the network cannot be traced, a layer does not run exactly once, or its weight or bias
+        is used elsewhere as well.
     """
     with evaluating(network):
         graph = _trace(network)
-        calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-        for name in layers:
-            if calls[name] != 1:
-                raise ValueError(
-                    f"{name}: runs {calls[name]} times for an image, and only a layer that "
-                    f"runs once can be calibrated: leave it dense (sparsity.dense='[\"{name}\"]'), "
-                    "or prune without calibration (calibration=none)"
-                )
+        _check_runs(network, graph, layers)
         _Beside(network, graph, layers, visit).run(torch.cat([images, images]))
 
 
@@ -174,16 +172,34 @@ class _Beside(fx.Interpreter):
     def _next(self, node: fx.Node) -> tuple[_BatchNorm | None, Tensor | None]:
         """Return the batch norm behind a layer, and what is added behind it, if known by then."""
         other = None
-        follower = _only_user(node)
+        node, follower = self._follower(node)
         norm = self._norm(follower)
         if follower is not None and norm is not None:
-            node, follower = follower, _only_user(follower)
+            node, follower = self._follower(follower)
         if follower is not None and follower.target in _ADDITIONS and not follower.kwargs:
             others = [input_ for input_ in follower.all_input_nodes if input_ is not node]
             # What runs later, such as the shortcut's convolution, will look back at this layer.
             if len(others) == 1 and others[0] in self.env:
                 other = self.env[others[0]]
         return norm, other
+
+    def _follower(self, node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+        """Return what alone uses an output, and the node it uses: not what is the identity here."""
+        follower = _only_user(node)
+        while follower is not None and self._is_identity(follower):
+            node, follower = follower, _only_user(follower)
+        return node, follower
+
+    def _is_identity(self, node: fx.Node) -> bool:
+        """Say whether a node returns its input in evaluation."""
+        if node.op == "call_module":
+            module = self.fetch_attr(str(node.target))
+            return isinstance(module, nn.Identity | _DropoutNd) and not module.training
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in _DROPS:
+            return False
+        # PyTorch's have it by name in a trace; stochastic_depth is (input, p, mode, training).
+        default = node.args[3] if len(node.args) > 3 else True
+        return node.kwargs.get("training", default) is False
 
 
 def moments(
@@ -212,21 +228,32 @@ def moments(
         Products of some images are summed in float32, and these sums in float64, on the device of
         the inputs (MPS: on the CPU).
     """
-    unfold = _unfolder(layer)
+    # Products are taken of what is beyond the means of the first image: float32 would round off a
+    # variance far below the square of its mean, and what it leaves could be negative.
+    (unfold_x, pilot_x), (unfold_d, pilot_d) = (_unfolder(layer, part) for part in (pruned, dense))
     step = max(_CHUNK // (pruned[0].numel() * _taps(layer)), 1)
     count, sums = 0, [torch.zeros((), dtype=torch.float64)] * 6
     for start in range(0, len(pruned), step):
-        x, d = (unfold(part[start : start + step]) for part in (pruned, dense))
+        x, d = unfold_x(pruned[start : start + step]), unfold_d(dense[start : start + step])
         e = rest[start : start + step].movedim(channel_axis(layer), 0).flatten(1)
         count += x.shape[1]
         parts = [x @ x.T, d @ x.T, e @ x.T, x.sum(1), d.sum(1), e.sum(1)]
         wide = [_wide(part) for part in parts]
         sums = [total.to(part.device) + part for total, part in zip(sums, wide, strict=True)]
-    inner, cross, extra, mean_x, mean_d, mean_e = (total / count for total in sums)
+    inner, cross, extra, beyond_x, beyond_d, mean_e = (total / count for total in sums)
+    inner = inner - torch.outer(beyond_x, beyond_x)
+    cross = cross - torch.outer(beyond_d, beyond_x)
+    extra = extra - torch.outer(mean_e, beyond_x)
+    mean_x, mean_d = beyond_x + _wide(pilot_x), beyond_d + _wide(pilot_d)
     if centered:
-        inner = inner - torch.outer(mean_x, mean_x)
-        cross = cross - torch.outer(mean_d, mean_x)
-        extra = extra - torch.outer(mean_e, mean_x)
+        # An input that varies by no more than its rounding is constant: nothing is fitted to that.
+        constant = inner.diagonal() <= (torch.finfo(pruned.dtype).eps * mean_x).square()
+        inner = inner.masked_fill(constant | constant[:, None], 0.0)
+        cross, extra = cross.masked_fill(constant, 0.0), extra.masked_fill(constant, 0.0)
+    else:
+        inner = inner + torch.outer(mean_x, mean_x)
+        cross = cross + torch.outer(mean_d, mean_x)
+        extra = extra + torch.outer(mean_e, mean_x)
     return Moments(inner, cross, extra)
 
 
@@ -238,6 +265,45 @@ def _trace(network: nn.Module) -> fx.Graph:
             f"{type(network).__name__} cannot be traced by torch.fx, so its layers cannot be "
             f"calibrated in turn: {error}. Prune it by training (calibration=none)"
         ) from error
+
+
+def _check_runs(network: nn.Module, graph: fx.Graph, layers: Collection[str]) -> None:
+    """Refuse layers that do not run exactly once, or share parameters with what runs besides."""
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    # By identity: two modules may hold one parameter, and a function may read that of a module.
+    users: dict[int, list[str]] = {}
+    for node in graph.nodes:
+        name = str(node.target)
+        if node.op == "call_module":
+            used = list(network.get_submodule(name).parameters())
+        elif node.op == "get_attr" and not all(_only_described(user) for user in node.users):
+            used = [operator.attrgetter(name)(network)]
+        else:
+            continue
+        for parameter in used:
+            users.setdefault(id(parameter), []).append(name)
+    for name in layers:
+        remedy = (
+            f"can be calibrated: leave it dense (sparsity.dense='[\"{name}\"]'), or prune without "
+            "calibration (calibration=none)"
+        )
+        if calls[name] != 1:
+            raise ValueError(
+                f"{name}: runs {calls[name]} times for an image, and only a layer that runs once "
+                + remedy
+            )
+        for kind, parameter in network.get_submodule(name).named_parameters():
+            others = [user for user in users[id(parameter)] if user != name]
+            if others:
+                raise ValueError(
+                    f"{name}: its {kind} is that of {', '.join(others)} as well, and only a layer "
+                    "whose parameters are used once " + remedy
+                )
+
+
+def _only_described(node: fx.Node) -> bool:
+    """Say whether a node reads what does not change with the values, as ``weight.dtype`` does."""
+    return node.target is getattr and node.args[1] in ("dtype", "device", "shape", "ndim")
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -274,10 +340,14 @@ def _taps(layer: nn.Module) -> int:
     return math.prod(layer.kernel_size) if isinstance(layer, _ConvNd) else 1
 
 
-def _unfolder(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return what brings inputs of ``layer`` into columns [F, P]."""
+def _unfolder(layer: nn.Module, images: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Return what brings inputs of ``layer`` into columns [F, P], less a pilot, and the pilot [F].
+
+    The pilot is the mean of the columns of the first image.
+    """
     if not isinstance(layer, _ConvNd):
-        return lambda x: x.reshape(-1, x.shape[-1]).T
+        pilot = images[:1].reshape(-1, images.shape[-1]).mean(0)
+        return lambda x: (x - pilot).reshape(-1, x.shape[-1]).T, pilot
     taps = _taps(layer)
     # A depthwise convolution whose outputs are the taps: any dimension, stride and padding.
     copies = type(layer)(  # type: ignore[call-arg]
@@ -288,14 +358,16 @@ def _unfolder(layer: nn.Module) -> Callable[[Tensor], Tensor]:
         padding=layer.padding,
         dilation=layer.dilation,
         groups=layer.in_channels,
-        bias=False,
         padding_mode=layer.padding_mode,
         device=layer.weight.device,
         dtype=layer.weight.dtype,
     )
     one_hot = torch.eye(taps).repeat(layer.in_channels, 1)
     copies.weight.copy_(one_hot.reshape(copies.weight.shape))
-    return lambda x: copies(x).transpose(0, 1).flatten(1)
+    bias: Tensor = nn.init.zeros_(copies.bias)  # type: ignore[arg-type]
+    pilot = copies(images[:1]).transpose(0, 1).flatten(1).mean(1)
+    bias.copy_(-pilot)  # the subtraction comes with the copies
+    return lambda x: copies(x).transpose(0, 1).flatten(1), pilot
 
 
 def _wide(part: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ the layers before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,7 +88,8 @@ class OptimalBrainSurgeon:
         Raises
         ------
         ValueError
-            If the network cannot be calibrated, see `run_beside`, or its inputs are not finite.
+            If the network cannot be calibrated, see `run_beside`, or the inputs of a layer are not
+            finite, or depend on each other too nearly for the damping.
 
         Notes
         -----
@@ -106,7 +108,8 @@ class OptimalBrainSurgeon:
 
         def visit(name: str, module: nn.Module, moments: Moments) -> None:
             layer = replace(layers[name], zeros=zeros[name])
-            masks[name] = self._prune_layer(module, layer, plan, moments, influence[name])
+            with self._solving(name):
+                masks[name] = self._prune_layer(module, layer, plan, moments, influence[name])
             if progress is not None:
                 progress(name)
 
@@ -159,12 +162,26 @@ class OptimalBrainSurgeon:
             together = plan.pattern.together(tuple(weight.shape)).to(problem.goal.device)
             everything = torch.ones_like(problem.goal, dtype=torch.bool)
             root = influence[name].sqrt().to(problem.goal)[:, None]
-            losses[name] = (problem.losses(everything, together) * root).reshape(weight.shape)
+            with self._solving(name):
+                losses[name] = (problem.losses(everything, together) * root).reshape(weight.shape)
 
         run_beside(network, images, [layer.name for layer in plan.pruned], visit)
         params = {layer.param: losses[layer.name] for layer in plan.pruned}
         masks = plan_masks(replace(plan, score=l2), params, 1.0)
         return {layer.name: int((~masks[layer.param]).sum()) for layer in plan.pruned}
+
+    @contextmanager
+    def _solving(self, name: str) -> Iterator[None]:
+        """Say which layer it was whose least squares have no solution in float64."""
+        try:
+            yield
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"{name}: its inputs on the calibration images depend on each other too nearly for "
+                f"calibration.damping={self.damping}, so the least squares have no solution: raise "
+                "it (0.01 is the default), or leave the layer dense "
+                f"(sparsity.dense='[\"{name}\"]')"
+            ) from error
 
 
 def _problem(weight: Tensor, moments: Moments, damping: float, name: str) -> MaskedLeastSquares:

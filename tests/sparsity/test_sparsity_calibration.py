@@ -10,6 +10,7 @@ import pytest
 import torch
 from naive import conv2d
 from torch import Tensor, nn
+from torchvision.ops import stochastic_depth
 
 from blocksparse.sparsity import calibration
 from blocksparse.sparsity.calibration import Moments, moments, run_beside
@@ -92,6 +93,42 @@ def test_moments_are_those_of_the_definition(
     np.testing.assert_allclose(found.rest, e @ x.T / x.shape[1], **near)
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 2, 2), nn.Linear(16, 3)])
+def test_variance_far_below_the_mean_is_not_lost(
+    layer: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_CHUNK", 1000)
+    torch.manual_seed(0)
+    shape = (40, 4, 5, 6) if isinstance(layer, nn.Conv2d) else (40, 8, 16)
+    dense = 100.0 + 0.1 * torch.randn(shape)
+    pruned = dense + 0.05 * torch.randn(shape)
+    with torch.no_grad():
+        rest = torch.randn_like(layer(pruned))
+        found = moments(layer, pruned, dense, rest, centered=True)
+    x, d = columns(layer, pruned).astype(np.float64), columns(layer, dense).astype(np.float64)
+    x, d = x - x.mean(1, keepdims=True), d - d.mean(1, keepdims=True)
+    want = x @ x.T / x.shape[1]
+    # float32 products would be 1e4 * 1e-7 off, a tenth of the variance.
+    near = {"rtol": 0, "atol": 1e-5 * want.max()}
+    np.testing.assert_allclose(found.inner, want, **near)
+    np.testing.assert_allclose(found.cross, d @ x.T / x.shape[1], **near)
+
+
+def test_inputs_that_vary_by_their_rounding_only_are_constant() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    x = torch.rand(1000, 3)
+    x[:, 0] = 0.1  # its mean in float32 is not 0.1
+    x[::2, 1], x[1::2, 1] = 0.1, torch.tensor(0.1).nextafter(torch.tensor(1.0))
+    with torch.no_grad():
+        found = moments(layer, x, x, layer(x), centered=True)
+    assert not found.inner[:2].any()
+    assert not found.inner[:, :2].any()
+    assert not found.cross[:, :2].any()
+    assert not found.rest[:, :2].any()
+    assert float(found.inner[2, 2]) == pytest.approx(float(x[:, 2].var()), rel=0.01)
+
+
 def visit_order(network: nn.Module, names: list[str], change: Any = None) -> dict[str, Moments]:
     found: dict[str, Moments] = {}
 
@@ -166,6 +203,60 @@ def test_a_layer_is_asked_to_make_up_for_what_it_is_added_to(late: bool) -> None
     torch.testing.assert_close(rest, e @ x.T / x.shape[1], rtol=1e-3, atol=1e-5)
 
 
+class Dropping(Residual):
+    """With something before and behind the last batch norm that only a training notices."""
+
+    def __init__(self, before: Any, behind: Any) -> None:
+        super().__init__()
+        self.before, self.behind = before, behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = self.shortcut(x)
+        y = self.bn2(self.before(self.last(self.bn1(self.first(x)).relu())))
+        return self.behind(y) + other
+
+
+def depth(x: Tensor, training: bool = False) -> Tensor:
+    return stochastic_depth(x, 0.5, "row", training)
+
+
+def last_moments(network: Residual) -> Moments:
+    """Return what the last layer got and was to give where the shortcut was pruned to nothing."""
+    network.load_state_dict(residual().state_dict())
+    return visit_order(
+        network.eval(),
+        ["last", "shortcut"],
+        lambda name, layer: layer.weight.zero_() if name == "shortcut" else None,
+    )["last"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    "identity",
+    [
+        nn.Dropout(),
+        nn.Dropout2d(),
+        nn.Identity(),
+        lambda x: nn.functional.dropout(x, 0.5, False),
+        depth,
+        lambda x: stochastic_depth(x, p=0.5, mode="row", training=False),
+        lambda x: nn.functional.dropout2d(depth(depth(x)), training=False),
+    ],
+)
+def test_what_is_the_identity_in_evaluation_hides_no_addition(identity: Any, before: bool) -> None:
+    want = last_moments(Residual())
+    assert float(want.rest.abs().max()) > 0.1
+    pair = (identity, nn.Identity()) if before else (nn.Identity(), identity)
+    torch.testing.assert_close(last_moments(Dropping(*pair)).rest, want.rest)
+
+
+@pytest.mark.parametrize(
+    "drop", [lambda x: nn.functional.dropout(x, 0.5, True), lambda x: depth(x, True), torch.relu]
+)
+def test_what_changes_the_output_in_evaluation_ends_what_a_layer_follows(drop: Any) -> None:
+    assert not last_moments(Dropping(nn.Identity(), drop)).rest.any()
+
+
 def test_modes_and_hooks_are_as_before() -> None:
     network = residual().train()
     network.bn2.eval()
@@ -192,6 +283,52 @@ def test_layers_that_do_not_run_once_are_refused() -> None:
     for name, times in (("layer", 2), ("idle", 0)):
         with pytest.raises(ValueError, match=rf"{name}: runs {times} times .*sparsity\.dense"):
             visit_order(Twice(), [name])
+
+
+class Tied(nn.Module):
+    """Two modules share their weight or bias; a function reads the weight of a third."""
+
+    def __init__(self, shared: str) -> None:
+        super().__init__()
+        self.first, self.then, self.last = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        setattr(self.then, shared, getattr(self.first, shared))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.functional.conv2d(self.then(self.first(x)), self.last.weight))
+
+
+@pytest.mark.parametrize(
+    ("name", "shared", "other"),
+    [
+        ("first", "weight", "then"),
+        ("then", "weight", "first"),
+        ("first", "bias", "then"),
+        ("last", "weight", r"last\.weight"),
+    ],
+)
+def test_layers_whose_parameters_are_used_elsewhere_are_refused(
+    name: str, shared: str, other: str
+) -> None:
+    network = Tied(shared)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(
+        ValueError, match=rf"{name}: its {shared} is that of {other} as well.*sparsity\.dense"
+    ):
+        visit_order(network, [name], lambda name, layer: layer.weight.zero_())
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_weights_that_idle_modules_share_or_whose_dtype_is_read_are_not_refused() -> None:
+    class Fine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.idle = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.idle.weight = self.layer.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.to(self.layer.weight.dtype))
+
+    assert list(visit_order(Fine(), ["layer"])) == ["layer"]
 
 
 def test_network_that_cannot_be_traced_is_refused() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from blocksparse.sparsity import (
     NM,
+    Allocation,
     Block,
     Floors,
     Global,
@@ -292,6 +293,49 @@ def test_progress_and_names_in_errors() -> None:
     assert seen == names
     with pytest.raises(ValueError, match=rf"^{names[0]}: its inputs .* not finite"):
         OptimalBrainSurgeon().prune(dense, plan, images() * torch.nan)
+
+
+def test_layers_whose_inputs_do_not_vary_keep_the_weights_that_stay() -> None:
+    torch.manual_seed(0)
+    hidden = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 10))
+    dead = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1))
+    with torch.no_grad():
+        for value in (dead[0].weight, dead[0].bias):
+            value.zero_()
+        nn.init.uniform_(dead[1].bias, 0.5, 2.0)
+    for made, last, seen in (
+        (hidden, "2", 50.0 * torch.rand(1, 16)),
+        (dead.eval(), "3", torch.randn(24, 3, 8, 8)),
+    ):
+        before, want = copy.deepcopy(made.state_dict()), made(seen)
+        plan = plan_for(made, Unstructured(), layers=ALL)
+        mask = OptimalBrainSurgeon().prune(made, plan, seen).masks[f"{last}.weight"]
+        weight = made.get_submodule(last).weight
+        torch.testing.assert_close(weight[mask], before[f"{last}.weight"][mask])
+        assert not mask.all()
+        torch.testing.assert_close(made(seen), want, rtol=1e-4, atol=1e-4)  # the bias sees to it
+
+
+def test_inputs_that_hardly_vary_are_fitted_as_in_float64() -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(128, 16))
+    seen = 1.0 + 0.013 * torch.randn(512, 4) @ torch.randn(4, 128) / 2.0
+    plan = plan_for(dense, Unstructured(), layers=ALL)
+    errors = []
+    for made, x in ((copy.deepcopy(dense), seen), (copy.deepcopy(dense).double(), seen.double())):
+        OptimalBrainSurgeon(rounds=2).prune(made, plan, x)
+        errors.append(outputs_differ(made, dense.to(x), x))
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)
+
+
+@pytest.mark.parametrize("allocation", [Uniform(), Global()])
+def test_least_squares_without_a_solution_name_the_layer(allocation: Allocation) -> None:
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(64, 8))
+    plan = plan_for(made, Unstructured(), layers=ALL, allocation=allocation)
+    few = torch.randn(5, 64)  # 64 inputs, of which 4 are independent
+    with pytest.raises(ValueError, match=r"^0: its inputs .*calibration\.damping=1e-30.*raise it"):
+        OptimalBrainSurgeon(damping=1e-30).prune(made, plan, few)
 
 
 @pytest.mark.parametrize("key", ["images", "damping", "rounds"])
