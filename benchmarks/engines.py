@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ Array = npt.NDArray[np.float32]
 Run = Callable[[Array], Array]
 
 HOW_TO_ADD = 'add it with: pip install -e ".[bench]"'
+LONGEST = 300  # characters of an engine's own message, which may go on for pages
 
 
 class UnavailableError(Exception):
@@ -109,7 +111,16 @@ def build(kind: str, source: Source, shape: tuple[int, ...], threads: int) -> Ru
         module = import_module(peer.module)
     except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
         raise UnavailableError(f"{kind} is left out ({error}); {peer.how_to_add}") from error
-    return peer.build(module, source, shape, threads)
+    try:
+        return peer.build(module, source, shape, threads)
+    except UnavailableError:
+        raise
+    except Exception as error:  # engines raise of all kinds, many derived from Exception alone
+        reason = shorten(str(error), LONGEST) or type(error).__name__
+        raise UnavailableError(
+            f"{kind} is left out, it failed to build: {reason}; another version of it may do, and "
+            f"--without {kind} spares the attempt"
+        ) from error
 
 
 def version(kind: str) -> str:

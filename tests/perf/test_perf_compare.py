@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import compare, exports
-from benchmarks.engines import OURS, Engine, Source, build
+from benchmarks.engines import OURS, PEERS, Engine, Source, build
 from benchmarks.exports import MismatchError
 from benchmarks.figures import Setting
 from benchmarks.measurement import build_engines, measure
@@ -110,6 +111,24 @@ def test_engine_that_is_not_installed_is_left_out_with_a_line(made, monkeypatch)
     line = left_out[0]
     assert line.startswith("openvino is left out")
     assert 'pip install -e ".[bench]"' in line
+
+
+@pytest.mark.parametrize("kind", ["onnxruntime", "openvino"])
+def test_engine_that_fails_to_build_is_left_out_with_a_line(made, tmp_path, monkeypatch, kind):
+    unreadable = tmp_path / "unreadable.onnx"
+    unreadable.write_bytes(b"no graph")
+    peer = PEERS[kind]
+
+    def fails(module, source, shape, threads):  # with what the engine itself raises
+        return peer.build(module, replace(source, onnx=unreadable), shape, threads)
+
+    monkeypatch.setitem(PEERS, kind, replace(peer, build=fails))
+    engines, left_out = build_engines(made, SETTING, ["torch-compile", "deepsparse"])
+    kinds = {"onnxruntime", "openvino", "torch-eager", OURS}
+    assert {engine.kind for engine in engines} == kinds - {kind}
+    assert left_out[0].startswith(f"{kind} is left out, it failed to build: ")
+    assert f"--without {kind}" in left_out[0]
+    assert "\n" not in left_out[0]
 
 
 def run_small(folder, *options):
