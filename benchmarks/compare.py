@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import PEERS, SPARSITIES, Result, Setting
-from benchmarks.stage import say, stage
+from benchmarks.stage import loading_pytorch, say, stage
 from benchmarks.tables import facts, page, save, summary
 from blocksparse.cli import console as ui
 from blocksparse.perf import usable_cores
@@ -115,14 +115,15 @@ def run(chosen: argparse.Namespace) -> Iterator[Result]:
     Raises
     ------
     UsageError
-        A network is unknown, or cannot take such images; said before the first is measured.
+        A network is unknown, or cannot take such images; said before the first is measured. Or
+        PyTorch is not installed.
     MismatchError
         An engine computes something else than PyTorch.
     """
-    say("loading PyTorch")  # seconds, and not needed for --help
-    from benchmarks import exports, networks
-    from benchmarks.measurement import measure_setting
-    from blocksparse.sparsity import Block
+    with loading_pytorch():  # not needed for --help
+        from benchmarks import exports, networks
+        from benchmarks.measurement import measure_setting
+        from blocksparse.sparsity import Block
 
     for model in chosen.model:
         if model not in (known := networks.model_names()):

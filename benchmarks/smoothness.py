@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.compare import RESULTS, share
 from benchmarks.series import CLIFF, Call, Point, Share, points, resized, shares
-from benchmarks.stage import say, stage
+from benchmarks.stage import loading_pytorch, say, stage
 from benchmarks.tables import grid, save
 from blocksparse.cli import console as ui
 from blocksparse.format import Model, read
@@ -280,14 +280,13 @@ def _shared(row: Scaling, threads: int) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and save; return the exit status."""
     chosen = parse(arguments)
-    say("loading PyTorch")
-    from benchmarks import exports
-
     try:
+        with loading_pytorch():
+            from benchmarks import exports
         chosen.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             with stage(f"{chosen.model}: exporting", steps=False):
-                file, _ = exports.sparse_file(chosen.model, None, chosen.sparsity, Path(folder))
+                file = exports.sparse_file(chosen.model, None, chosen.sparsity, Path(folder))[0]
             model = read(file)
             result = measure(model, chosen)
     except (ui.CommandError, ValueError, RuntimeError, OSError) as error:

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 
 from benchmarks.compare import share
-from benchmarks.stage import say, stage
+from benchmarks.stage import loading_pytorch, say, stage
 from blocksparse.cli import console as ui
 from blocksparse.perf import Timing, describe_machine
 
@@ -45,12 +45,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; return the exit status."""
     chosen = parse(arguments)
-    say("loading PyTorch")
-    import torch
-
-    from benchmarks.fits import fit
-
     try:
+        with loading_pytorch():
+            import torch
+
+            from benchmarks.fits import fit
         if chosen.steps < 2 * OFTEN or not chosen.sparsity:
             raise ui.UsageError(
                 f"nothing to measure: --steps has to be at least {2 * OFTEN}, for updates and "
