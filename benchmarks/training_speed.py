@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.compare import RESULTS
 from benchmarks.stage import loading_pytorch, say, stage
-from benchmarks.tables import QUIET, busy, grid, save
+from benchmarks.tables import MARK, QUIET, busy, grid, save
 from benchmarks.training_figures import BASELINE, OTHERS, PARTS, Result, Row
 from blocksparse.cli import console as ui
 from blocksparse.perf import Timing, describe_machine, interleave, usable_cores
@@ -207,7 +207,7 @@ def page(result: Result) -> str:
     if result.threads == 1 and share * QUIET < 1:
         lines += [
             "",
-            f"**Not to be quoted.** The machine was busy: the process had {share:.2f} of a core. "
+            f"{MARK} The machine was busy: the process had {share:.2f} of a core. "
             "Ratios of CPU times are what can be trusted of this page.",
         ]
     return "\n".join(lines) + "\n"
