@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.compare import RESULTS, share
 from benchmarks.series import CLIFF, Call, Point, Share, points, resized, shares
 from benchmarks.stage import loading_pytorch, say, stage
-from benchmarks.tables import grid, save
+from benchmarks.tables import busy, grid, save
 from blocksparse.cli import console as ui
 from blocksparse.format import Model, read
 from blocksparse.perf import Timing, describe_machine, interleave, usable_cores
@@ -236,12 +236,28 @@ def page(result: Result) -> str:
     ]
     for row in result.scaling:
         lines += ["", *_shared(row, result.threads)]
+    lines += busy(_timings(result))
     return "\n".join(lines) + "\n"
+
+
+def _timings(result: Result) -> dict[str, Timing]:
+    """Return all timings of a page, by what it calls them."""
+    image = result.image
+    named = {f"{_images(point.at)} of {image}x{image}": point.timing for point in result.batches}
+    # The same size stands in both series; both timings count.
+    named |= {f"1 image of {p.at}x{p.at} among sizes": p.timing for p in result.sizes}
+    for row in result.scaling:
+        named[f"{_images(row.batch)} on one thread"] = row.one
+        named[f"{_images(row.batch)} on {result.threads} threads"] = row.several
+    return named
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
 
 
 def _shared(row: Scaling, threads: int) -> list[str]:
     """Return the part of the page about one batch on several threads."""
-    images = "1 image" if row.batch == 1 else f"{row.batch} images"
     whole = sum(each.several_ms for each in row.shares)
     waiting = sum(each.several_ms * each.idle for each in row.shares)
     listed = [each for each in row.shares if each.several_ms >= MATTERS * whole]
@@ -249,7 +265,7 @@ def _shared(row: Scaling, threads: int) -> list[str]:
     lost = {each.name: each.several_ms - each.one_ms / threads for each in listed}
     listed.sort(key=lambda each: -lost[each.name])
     return [
-        f"## {threads} threads against one, {images}",
+        f"## {threads} threads against one, {_images(row.batch)}",
         "",
         f"{row.one.median_ms:.2f} ms on one thread, {row.several.median_ms:.2f} ms on {threads}: "
         f"{row.times:.2f} times as fast. Waiting for the slowest thread of a step takes "
