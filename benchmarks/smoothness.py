@@ -1,8 +1,9 @@
 """Measure how evenly time grows with the batch and with the size of the images.
 
 A sparse network runs batches of 1 to 9 images, and single images of a dozen sizes, odd ones
-included, all in turns. Each point's time per pixel is compared with that of its neighbours. Then
-all threads are compared with one, and every layer is asked how well its work was shared.
+included, all in turns. Each point's time per pixel is compared with that of its neighbours. Then,
+unless one thread is all that is used, all threads are compared with one, and every layer is asked
+how well its work was shared.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Result:
     batches, sizes : tuple of Point
         In order; sizes at batch 1.
     scaling : tuple of Scaling
-        A single image, and a batch.
+        A single image, and a batch; nothing where one thread was measured.
     """
 
     model: str
@@ -149,8 +150,10 @@ def measure(model: Model, chosen: argparse.Namespace) -> Result:
             batches = points(BATCHES, by_batch, rounds, seconds, running.step)
         with stage(f"images of {SIZES[0]} to {SIZES[-1]} pixels") as running:
             sizes = points(SIZES, by_size, rounds, seconds, running.step)
-        with stage(f"one thread and {threads}", steps=False):
-            scaled = scaling(model, (1, BATCH), threads, rounds)
+        scaled: tuple[Scaling, ...] = ()
+        if threads > 1:
+            with stage(f"one thread and {threads}", steps=False):
+                scaled = scaling(model, (1, BATCH), threads, rounds)
     return Result(
         model=chosen.model,
         sparsity=chosen.sparsity,
@@ -169,7 +172,8 @@ def measure(model: Model, chosen: argparse.Namespace) -> Result:
 
 def page(result: Result) -> str:
     """Return the results as Markdown."""
-    title = f"{result.model}, {100 * result.sparsity:g} % sparse, {result.threads} threads"
+    threads = f"{result.threads} thread{'' if result.threads == 1 else 's'}"
+    title = f"{result.model}, {100 * result.sparsity:g} % sparse, {threads}"
     first = result.batches[0]
     batch = next(point for point in result.batches if point.at == BATCH)
     lines = [

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import smoothness
 from benchmarks.series import Call, Point, Share, _reasons, beside, points, resized, shares, ways
 from benchmarks.smoothness import BATCH, BATCHES, SIZES, Result, Scaling, page, scaling
 from blocksparse.export import export_model
@@ -161,6 +162,16 @@ def test_page_of_a_busy_machine_is_not_to_be_quoted(spoiled, named):
     text = page(figures(spoiled=spoiled))
     assert "**Not to be quoted.**" in text
     assert f"the quartiles of {named} lie" in text
+
+
+def test_one_thread_is_not_compared_with_itself(monkeypatch):
+    monkeypatch.setattr(smoothness, "BATCHES", (1, BATCH))
+    monkeypatch.setattr(smoothness, "SIZES", (16, 20))
+    chosen = smoothness.parse(["--threads", "1", "--rounds", "1", "--seconds", "0"])
+    text = page(smoothness.measure(export_model(small(), (3, 16, 16)), chosen))
+    assert "against one" not in text
+    assert "computed" not in text  # the table of layers
+    assert "# Smoothness of resnet18, 75 % sparse, 1 thread\n" in text
 
 
 def test_shares_know_who_waits():
