@@ -77,13 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quartiles = f"{timing.q1_ms:.1f} to {timing.q3_ms:.1f}"
         grid.add_row(name, f"{timing.median_ms:.1f}", quartiles, str(timing.rounds))
     imposed = timings["masks imposed"].median_ms
-    update = (timings["masks built anew and imposed"].median_ms - imposed) / chosen.interval
+    update = timings["masks built anew and imposed"].median_ms - imposed
+    added = imposed + update / chosen.interval
     step = timings["step without"].median_ms
     out = ui.console()
     out.print(grid)
     out.print(
-        f"pruning adds {100 * (imposed + update) / step:.2f} % to a step: {imposed:.1f} ms for the "
-        f"masks, and {update:.1f} ms for an update every {chosen.interval} steps"
+        f"pruning adds {100 * added / step:.2f} % to a step: {imposed:.1f} ms for the masks, and "
+        f"{update:.1f} ms for an update, spread over {chosen.interval} steps"
     )
     out.print(
         f"{chosen.model}, {chosen.batch} images of {chosen.image}x{chosen.image}, "
