@@ -6,8 +6,9 @@ are compared with PyTorch's before anything is timed. Then all engines take turn
 in one process.
 
 Each combination of model, pattern, batch and threads is one setting and one page, as Markdown and
-JSON in benchmarks/results/; several settings get a summary.md as well. A setting takes about a
-minute, more for VGG-16 or a large batch.
+JSON in benchmarks/results/; several settings get a summary.md as well. A page that is there stays
+if the new one is not to be quoted or lacks engines: that one goes beside it, its name ending in
+-busy or -partial. A setting takes about a minute, more for VGG-16 or a large batch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import PEERS, SPARSITIES, Result, Setting
-from benchmarks.stage import say, stage
+from benchmarks.stage import loading_pytorch, say, stage
 from benchmarks.tables import facts, page, save, summary
 from blocksparse.cli import console as ui
 from blocksparse.perf import usable_cores
@@ -115,14 +116,15 @@ def run(chosen: argparse.Namespace) -> Iterator[Result]:
     Raises
     ------
     UsageError
-        A network is unknown, or cannot take such images; said before the first is measured.
+        A network is unknown, or cannot take such images; said before the first is measured. Or
+        PyTorch is not installed.
     MismatchError
         An engine computes something else than PyTorch.
     """
-    say("loading PyTorch")  # seconds, and not needed for --help
-    from benchmarks import exports, networks
-    from benchmarks.measurement import measure_setting
-    from blocksparse.sparsity import Block
+    with loading_pytorch():  # not needed for --help
+        from benchmarks import exports, networks
+        from benchmarks.measurement import measure_setting
+        from blocksparse.sparsity import Block
 
     for model in chosen.model:
         if model not in (known := networks.model_names()):
@@ -160,13 +162,14 @@ def run(chosen: argparse.Namespace) -> Iterator[Result]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and save; return the exit status."""
     chosen = parse(arguments)
-    results = []
+    results, names = [], []
     try:
         chosen.output.mkdir(parents=True, exist_ok=True)
         for result in run(chosen):
             results.append(result)
             text = page(result)
             stem = save(chosen.output, result.setting.name, facts(result), text)
+            names.append(stem.name)
             sys.stdout.write(text + "\n")
             parts = ", ".join(f"{name} {spent:.0f} s" for name, spent in result.seconds.items())
             say(f"wrote {stem}.md and .json after {sum(result.seconds.values()):.0f} s: {parts}")
@@ -174,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"error: {error}")
         return 2 if isinstance(error, ui.UsageError) else 1
     if len(results) > 1:
-        text = summary(results)
+        text = summary(results, names)
         ui.write_whole(chosen.output / "summary.md", text)
         sys.stdout.write(text)
     return 0

@@ -8,10 +8,12 @@ of threads.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,8 @@ Array = npt.NDArray[np.float32]
 Run = Callable[[Array], Array]
 
 HOW_TO_ADD = 'add it with: pip install -e ".[bench]"'
+OPSET = 17
+LONGEST = 300  # characters of an engine's own message, which may go on for pages
 
 
 class UnavailableError(Exception):
@@ -40,12 +44,60 @@ class Source:
     ----------
     network : nn.Module
         Float32, in evaluation mode.
-    onnx : Path
-        The same network as ONNX, its batch dimension named ``batch``.
+    image : Tensor [1, C, H, W]
+        One that it takes.
+    path : Path
+        Where `onnx` writes the network.
     """
 
     network: nn.Module
-    onnx: Path
+    image: torch.Tensor
+    path: Path
+
+    def onnx(self) -> Path:
+        """Return the network as ONNX, its batch dimension named ``batch``.
+
+        The first engine that asks has it written: the others can do without, and without the
+        package ``onnx``.
+
+        Raises
+        ------
+        UnavailableError
+            If the package ``onnx`` is not installed, or PyTorch cannot write this network.
+        """
+        if self.path.exists():
+            return self.path
+        try:
+            import_module("onnx")  # PyTorch says that it is missing after all its work only
+        except (ImportError, OSError) as error:
+            raise UnavailableError(
+                f"no network can be written as ONNX: {error}; {HOW_TO_ADD}"
+            ) from error
+        try:
+            _write_onnx(self.network, self.image, self.path)
+        except Exception as error:  # every operation has an exporter, which raises as it likes
+            raise UnavailableError(
+                f"PyTorch cannot write the network as ONNX: {_short(error)}; another version of "
+                "PyTorch may do"
+            ) from error
+        return self.path
+
+
+def _write_onnx(network: nn.Module, image: torch.Tensor, path: Path) -> None:
+    with warnings.catch_warnings():
+        # The exporter that is asked for writes one file and needs onnx alone; PyTorch says at
+        # every call that there is a newer one.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network,
+            (image,),
+            str(path),
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+        )
 
 
 @dataclass(frozen=True)
@@ -104,12 +156,35 @@ def build(kind: str, source: Source, shape: tuple[int, ...], threads: int) -> Ru
     UnavailableError
         It is not installed, or fails to build.
     """
+    module = load(kind)
+    try:
+        return PEERS[kind].build(module, source, shape, threads)
+    except UnavailableError:
+        raise
+    except Exception as error:  # engines raise of all kinds, many derived from Exception alone
+        raise UnavailableError(
+            f"it failed to build: {_short(error)}; another version of it may do, and "
+            f"--without {kind} spares the attempt"
+        ) from error
+
+
+def load(kind: str) -> Any:
+    """Import a peer.
+
+    Raises
+    ------
+    UnavailableError
+        If it is not installed.
+    """
     peer = PEERS[kind]
     try:
-        module = import_module(peer.module)
+        return import_module(peer.module)
     except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
-        raise UnavailableError(f"{kind} is left out ({error}); {peer.how_to_add}") from error
-    return peer.build(module, source, shape, threads)
+        raise UnavailableError(f"{error}; {peer.how_to_add}") from error
+
+
+def _short(error: Exception) -> str:
+    return shorten(str(error), LONGEST) or type(error).__name__
 
 
 def version(kind: str) -> str:
@@ -127,14 +202,14 @@ def _onnxruntime(ort: Any, source: Source, shape: tuple[int, ...], threads: int)
     # take the processor from the next engine.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
-    session = ort.InferenceSession(str(source.onnx), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(str(source.onnx()), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})[0]
 
 
 def _openvino(ov: Any, source: Source, shape: tuple[int, ...], threads: int) -> Run:
     core = ov.Core()
-    model = core.read_model(str(source.onnx))
+    model = core.read_model(str(source.onnx()))
     model.reshape(list(shape))
     hints = {
         "INFERENCE_PRECISION_HINT": "f32",  # else it takes bfloat16 where the processor has it
@@ -159,7 +234,7 @@ def _torch_compile(_: Any, source: Source, shape: tuple[int, ...], threads: int)
     except Exception as error:  # the compiler, its back end and the C++ compiler raise of all kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnavailableError(
-            f"torch-compile is left out, it failed: {first}; it needs a C++ compiler, such as g++"
+            f"it failed: {first}; it needs a C++ compiler, such as g++"
         ) from error
     return run
 
@@ -173,7 +248,7 @@ def _without_gradients(network: Callable[[torch.Tensor], torch.Tensor]) -> Run:
 
 
 def _deepsparse(deepsparse: Any, source: Source, shape: tuple[int, ...], threads: int) -> Run:
-    engine = deepsparse.compile_model(str(source.onnx), batch_size=shape[0], num_cores=threads)
+    engine = deepsparse.compile_model(str(source.onnx()), batch_size=shape[0], num_cores=threads)
     return lambda images: engine.run([images])[0]
 
 

@@ -1,10 +1,9 @@
-"""What is made once per network and used by every setting: files, ONNX, and PyTorch's outputs."""
+"""What is made once per network and used by every setting: files, and PyTorch's outputs."""
 
 # N images
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from blocksparse.perf import cost, total
 from blocksparse.runtime import Network
 from blocksparse.runtime.tolerance import tolerance
 from blocksparse.sparsity import Block, Pattern
-
-OPSET = 17
 
 
 class MismatchError(RuntimeError):
@@ -172,15 +169,17 @@ def make(
             network, patterns = pruned_network(dense, sparsity, pattern, image, seed)
         files.append(_file(network, patterns, sparsity, images, _path(folder, sparsity)))
         if zeros and sparsity == max(wanted) > 0:
-            keeping = _source(network, images[:1], folder / "zeros.onnx")
+            keeping = Source(network, images[:1], folder / "zeros.onnx")
         if on_step is not None:
-            on_step(done / (len(wanted) + 1))
-    source = _source(dense, images[:1], folder / "dense.onnx")
+            on_step(done / len(wanted))
+    source = Source(dense, images[:1], folder / "dense.onnx")
     return Exports(np.ascontiguousarray(images.numpy()), source, keeping, tuple(files))
 
 
-def sparse_file(model: str, image: int | None, sparsity: float, folder: Path) -> tuple[Path, Path]:
-    """Export one sparse network and, as ONNX, the dense one; seed 0, blocks shared.
+def sparse_file(
+    model: str, image: int | None, sparsity: float, folder: Path
+) -> tuple[Path, Source]:
+    """Export one sparse network, and return the dense one beside it; seed 0, blocks shared.
 
     Parameters
     ----------
@@ -191,16 +190,18 @@ def sparse_file(model: str, image: int | None, sparsity: float, folder: Path) ->
     sparsity : float
         Of the prunable weights, 0..1.
     folder : Path
-        Where both go.
+        Where the file goes, and the dense network if it is asked for as ONNX.
 
     Returns
     -------
-    file, onnx : Path
-        The sparse file, and the dense network.
+    file : Path
+        The sparse network.
+    dense : Source
+        The dense one.
     """
     size = image or default_image(model)
     with closing(make(model, size, [sparsity], Block(8, 8), 1, 0, folder)) as made:
-        return _path(folder, sparsity), made.dense.onnx
+        return _path(folder, sparsity), made.dense
 
 
 def _path(folder: Path, sparsity: float) -> Path:
@@ -229,21 +230,3 @@ def _file(
         flops=work.flops_dense,
         flops_kept=work.flops_kept,
     )
-
-
-def _source(network: nn.Module, images: torch.Tensor, path: Path) -> Source:
-    with warnings.catch_warnings():
-        # The exporter that is asked for writes one file and needs onnx alone; PyTorch says at
-        # every call that there is a newer one.
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            network,
-            (images,),
-            str(path),
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
-        )
-    return Source(network, path)

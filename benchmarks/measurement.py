@@ -60,7 +60,7 @@ def build_engines(
                 if peer.reads_onnx or sparsity == 0
             ]
         except engines.UnavailableError as error:
-            left_out.append(str(error))
+            left_out.append(f"{kind} is left out: {error}")
     built.sort(key=lambda engine: engine.sparsity)
     built += [
         engines.ours(exports.file(sparsity).network, sparsity, setting.threads)

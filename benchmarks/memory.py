@@ -16,7 +16,7 @@ from statistics import median
 
 from benchmarks.compare import share
 from benchmarks.processes import PEAK, child
-from benchmarks.stage import say, stage
+from benchmarks.stage import loading_pytorch, say, stage
 from blocksparse.cli import console as ui
 from blocksparse.perf import describe_machine, usable_cores
 
@@ -42,6 +42,7 @@ session.run(None, {{inputs.name: np.zeros((1, *inputs.shape[1:]), np.float32)}})
 assert "torch" not in sys.modules
 print(json.dumps({{"peak": peak_bytes()}}))
 """
+PEER = "onnxruntime, dense"
 BARE = f"""{PEAK}
 import json
 import numpy
@@ -61,13 +62,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def measure(file: Path, onnx: Path, threads: int, runs: int) -> dict[str, list[int]]:
-    """Return the peak resident bytes of each process, by what it ran."""
-    programs = {
-        "blocksparse, sparse": (OURS, file),
-        "onnxruntime, dense": (ONNXRUNTIME, onnx),
-        "Python with NumPy alone": (BARE, file),
-    }
+def measure(file: Path, onnx: Path | None, threads: int, runs: int) -> dict[str, list[int]]:
+    """Return the peak resident bytes of each process, by what it ran.
+
+    Parameters
+    ----------
+    file, onnx : Path
+        The sparse network, and the dense one; None leaves ONNX Runtime out.
+    threads, runs : int
+        What each network may use, and processes of each kind.
+    """
+    programs = {"blocksparse, sparse": (OURS, file)}
+    if onnx is not None:
+        programs[PEER] = (ONNXRUNTIME, onnx)
+    programs["Python with NumPy alone"] = (BARE, file)
     child(OURS, file, str(threads))  # whatever is compiled once on a machine
     peaks: dict[str, list[int]] = {name: [] for name in programs}
     for _ in range(runs):
@@ -79,18 +87,23 @@ def measure(file: Path, onnx: Path, threads: int, runs: int) -> dict[str, list[i
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; return the exit status."""
     chosen = parse(arguments)
-    say("loading PyTorch")
-    from benchmarks import exports
-
     try:
+        with loading_pytorch():
+            from benchmarks import engines, exports
         with tempfile.TemporaryDirectory() as folder:
             with stage(f"{chosen.model}: exporting", steps=False):
-                file, onnx = exports.sparse_file(
+                file, dense = exports.sparse_file(
                     chosen.model, chosen.image, chosen.sparsity, Path(folder)
                 )
+                onnx, left_out = None, ""
+                try:
+                    engines.load("onnxruntime")
+                    onnx = dense.onnx()
+                except engines.UnavailableError as error:
+                    left_out = f"onnxruntime is left out: {error}"
             with stage(f"running {chosen.runs} processes of each kind", steps=False):
                 peaks = measure(file, onnx, chosen.threads, chosen.runs)
-    except (ui.CommandError, ValueError) as error:
+    except (ui.CommandError, ValueError, RuntimeError, OSError) as error:
         say(f"error: {error}")
         return 1
     grid = ui.table("process", "peak MB, median", "least", "most", right=("peak MB, median",))
@@ -99,8 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         grid.add_row(name, *(f"{b / 1e6:.1f}" for b in (middle[name], min(values), max(values))))
     out = ui.console()
     out.print(grid)
-    ratio = middle["blocksparse, sparse"] / middle["onnxruntime, dense"]
-    out.print(f"{chosen.model}, {100 * chosen.sparsity:g} % sparse: {ratio:.2f} of ONNX Runtime's")
+    ratio = ""
+    if PEER in middle:
+        ratio = f": {middle['blocksparse, sparse'] / middle[PEER]:.2f} of ONNX Runtime's"
+    out.print(f"{chosen.model}, {100 * chosen.sparsity:g} % sparse{ratio}")
+    if left_out:
+        out.print(left_out)
     out.print(f"on {describe_machine()}")
     return 0
 

@@ -211,21 +211,33 @@ def points(
 
 def _reasons(calls: Sequence[Call], rounds: int) -> list[tuple[str, ...]]:
     """Name the layers of each call that take longest beyond the neighbours', per pixel."""
-    traces = [[call.trace() for call in calls] for _ in range(rounds)]
+    traces = _traces(calls, rounds)
     layers = {name: [0.0] * len(calls) for name in traces[0][0].by_node()}
     for i, call in enumerate(calls):
-        runs = [round_[i].by_node() for round_ in traces]
+        runs = [trace.by_node() for trace in traces[i]]
         for name, values in layers.items():
             values[i] = median(run[name] for run in runs) / call.pixels
     normal = {name: beside(values) for name, values in layers.items()}
     result = []
-    for i, trace in enumerate(traces[0]):
+    for i, (trace, *_) in enumerate(traces):
         beyond = {name: values[i] - normal[name][i] for name, values in layers.items()}
         whole, way = sum(values[i] for values in layers.values()), ways(trace)
         most = sorted(beyond, key=lambda name: -beyond[name])[:NAMED]
         titles = {name: f"{name} ({way[name]})" if name in way else name for name in most}
         result.append(tuple(f"{titles[n]} {100 * beyond[n] / whole:+.1f} %" for n in most))
     return result
+
+
+def _traces(calls: Sequence[Call], rounds: int) -> list[list[Trace]]:
+    """Trace calls in turns, as `interleave` times them, so that traces explain its figures."""
+    traces: list[list[Trace]] = [[] for _ in calls]
+    turns = list(zip(calls, traces, strict=True))
+    for _ in range(rounds):
+        for call, own in turns:
+            call()  # its data are in the caches, and its threads are awake
+            own.append(call.trace())
+        turns.reverse()
+    return traces
 
 
 def shares(one: Call, several: Call, rounds: int) -> tuple[Share, ...]:
@@ -238,12 +250,7 @@ def shares(one: Call, several: Call, rounds: int) -> tuple[Share, ...]:
     rounds : int
         Runs of each, in turns.
     """
-    alone: list[Trace] = []
-    together: list[Trace] = []
-    for _ in range(rounds):
-        for call, traces in ((one, alone), (several, together)):
-            call()  # its data are in the caches, and its threads are awake
-            traces.append(call.trace())
+    alone, together = _traces([one, several], rounds)
     steps, way = together[0].steps, ways(together[0])
     single = [trace.by_node() for trace in alone]
     rows = []

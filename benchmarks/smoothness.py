@@ -1,8 +1,9 @@
 """Measure how evenly time grows with the batch and with the size of the images.
 
 A sparse network runs batches of 1 to 9 images, and single images of a dozen sizes, odd ones
-included, all in turns. Each point's time per pixel is compared with that of its neighbours. Then
-all threads are compared with one, and every layer is asked how well its work was shared.
+included, all in turns. Each point's time per pixel is compared with that of its neighbours. Then,
+unless one thread is all that is used, all threads are compared with one, and every layer is asked
+how well its work was shared.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pathlib import Path
 
 from benchmarks.compare import RESULTS, share
 from benchmarks.series import CLIFF, Call, Point, Share, points, resized, shares
-from benchmarks.stage import say, stage
-from benchmarks.tables import grid, save
+from benchmarks.stage import loading_pytorch, say, stage
+from benchmarks.tables import busy, grid, save
 from blocksparse.cli import console as ui
 from blocksparse.format import Model, read
 from blocksparse.perf import Timing, describe_machine, interleave, usable_cores
@@ -70,7 +71,7 @@ class Result:
     batches, sizes : tuple of Point
         In order; sizes at batch 1.
     scaling : tuple of Scaling
-        A single image, and a batch.
+        A single image, and a batch; nothing where one thread was measured.
     """
 
     model: str
@@ -149,8 +150,10 @@ def measure(model: Model, chosen: argparse.Namespace) -> Result:
             batches = points(BATCHES, by_batch, rounds, seconds, running.step)
         with stage(f"images of {SIZES[0]} to {SIZES[-1]} pixels") as running:
             sizes = points(SIZES, by_size, rounds, seconds, running.step)
-        with stage(f"one thread and {threads}", steps=False):
-            scaled = scaling(model, (1, BATCH), threads, rounds)
+        scaled: tuple[Scaling, ...] = ()
+        if threads > 1:
+            with stage(f"one thread and {threads}", steps=False):
+                scaled = scaling(model, (1, BATCH), threads, rounds)
     return Result(
         model=chosen.model,
         sparsity=chosen.sparsity,
@@ -169,7 +172,8 @@ def measure(model: Model, chosen: argparse.Namespace) -> Result:
 
 def page(result: Result) -> str:
     """Return the results as Markdown."""
-    title = f"{result.model}, {100 * result.sparsity:g} % sparse, {result.threads} threads"
+    threads = f"{result.threads} thread{'' if result.threads == 1 else 's'}"
+    title = f"{result.model}, {100 * result.sparsity:g} % sparse, {threads}"
     first = result.batches[0]
     batch = next(point for point in result.batches if point.at == BATCH)
     lines = [
@@ -236,12 +240,28 @@ def page(result: Result) -> str:
     ]
     for row in result.scaling:
         lines += ["", *_shared(row, result.threads)]
+    lines += busy(_timings(result))
     return "\n".join(lines) + "\n"
+
+
+def _timings(result: Result) -> dict[str, Timing]:
+    """Return all timings of a page, by what it calls them."""
+    image = result.image
+    named = {f"{_images(point.at)} of {image}x{image}": point.timing for point in result.batches}
+    # The same size stands in both series; both timings count.
+    named |= {f"1 image of {p.at}x{p.at} among sizes": p.timing for p in result.sizes}
+    for row in result.scaling:
+        named[f"{_images(row.batch)} on one thread"] = row.one
+        named[f"{_images(row.batch)} on {result.threads} threads"] = row.several
+    return named
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
 
 
 def _shared(row: Scaling, threads: int) -> list[str]:
     """Return the part of the page about one batch on several threads."""
-    images = "1 image" if row.batch == 1 else f"{row.batch} images"
     whole = sum(each.several_ms for each in row.shares)
     waiting = sum(each.several_ms * each.idle for each in row.shares)
     listed = [each for each in row.shares if each.several_ms >= MATTERS * whole]
@@ -249,7 +269,7 @@ def _shared(row: Scaling, threads: int) -> list[str]:
     lost = {each.name: each.several_ms - each.one_ms / threads for each in listed}
     listed.sort(key=lambda each: -lost[each.name])
     return [
-        f"## {threads} threads against one, {images}",
+        f"## {threads} threads against one, {_images(row.batch)}",
         "",
         f"{row.one.median_ms:.2f} ms on one thread, {row.several.median_ms:.2f} ms on {threads}: "
         f"{row.times:.2f} times as fast. Waiting for the slowest thread of a step takes "
@@ -280,14 +300,13 @@ def _shared(row: Scaling, threads: int) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and save; return the exit status."""
     chosen = parse(arguments)
-    say("loading PyTorch")
-    from benchmarks import exports
-
     try:
+        with loading_pytorch():
+            from benchmarks import exports
         chosen.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             with stage(f"{chosen.model}: exporting", steps=False):
-                file, _ = exports.sparse_file(chosen.model, None, chosen.sparsity, Path(folder))
+                file = exports.sparse_file(chosen.model, None, chosen.sparsity, Path(folder))[0]
             model = read(file)
             result = measure(model, chosen)
     except (ui.CommandError, ValueError, RuntimeError, OSError) as error:

@@ -14,6 +14,25 @@ from blocksparse.cli import console as ui
 say = ui.error_console().print
 
 
+@contextmanager
+def loading_pytorch() -> Iterator[None]:
+    """Announce the imports within, which take seconds.
+
+    Raises
+    ------
+    UsageError
+        If a library that they need is not installed.
+    """
+    say("loading PyTorch")
+    try:
+        yield
+    except ImportError as error:
+        raise ui.UsageError(
+            f"this script prepares networks with PyTorch, and a library that this needs is missing "
+            f'({error}); add it with: pip install -e ".[bench]"'
+        ) from error
+
+
 @dataclass
 class Stage:
     """One piece of work.

@@ -17,7 +17,7 @@ from statistics import median
 
 from benchmarks.compare import share
 from benchmarks.processes import child
-from benchmarks.stage import say, stage
+from benchmarks.stage import loading_pytorch, say, stage
 from blocksparse.cli import console as ui
 from blocksparse.perf import describe_machine, usable_cores
 
@@ -75,21 +75,20 @@ def first_ever(file: Path, threads: int) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; return the exit status."""
     chosen = parse(arguments)
-    say("loading PyTorch")
-    from benchmarks import exports
-
     try:
+        with loading_pytorch():
+            from benchmarks import exports
         with tempfile.TemporaryDirectory() as folder:
             with stage(f"{chosen.model}: exporting", steps=False):
-                file, _ = exports.sparse_file(
+                file = exports.sparse_file(
                     chosen.model, chosen.image, chosen.sparsity, Path(folder)
-                )
+                )[0]
             with stage(f"{chosen.runs} processes with caches", steps=False):
                 process(file, chosen.threads)  # fills them
                 warm = [process(file, chosen.threads) for _ in range(chosen.runs)]
             with stage(f"{chosen.first_runs} processes without", steps=False):
                 cold = [first_ever(file, chosen.threads) for _ in range(chosen.first_runs)]
-    except (ui.CommandError, ValueError) as error:
+    except (ui.CommandError, ValueError, RuntimeError, OSError) as error:
         say(f"error: {error}")
         return 1
     figures = ("with caches, s", "first time ever, s")

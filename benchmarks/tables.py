@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import OURS, Result, Row
+from benchmarks.stage import say
 from blocksparse.cli import console as ui
 from blocksparse.perf import Timing
 
+MARK = "**Not to be quoted.**"
 QUIET = 1.2  # third over first quartile that a quiet machine stays below
 
 
@@ -66,11 +69,41 @@ def page(result: Result) -> str:
 
 
 def save(folder: Path, name: str, facts: Any, text: str) -> Path:
-    """Write a page as Markdown and its figures as JSON; return their path without its ending."""
-    stem = folder / name
-    ui.write_whole(folder / f"{name}.json", ui.json_text(facts))
-    ui.write_whole(folder / f"{name}.md", text)
+    """Write a page as Markdown and its figures as JSON; return their path without its ending.
+
+    A page that is there is not replaced by one that says less: one that is not to be quoted, or
+    that lacks engines. Such a page is written beside it, under another name, and that is said.
+    """
+    worse = _worse(folder / name, facts, text)
+    stem = folder / "-".join([name, *worse])
+    if worse:
+        say(
+            f"{folder / name}.md is kept, as the new page {' and '.join(worse.values())}; the new "
+            f"one is {stem}.md, and with --output FOLDER it goes elsewhere under its usual name"
+        )
+    ui.write_whole(folder / f"{stem.name}.json", ui.json_text(facts))
+    ui.write_whole(folder / f"{stem.name}.md", text)
     return stem
+
+
+def _worse(stem: Path, facts: Any, text: str) -> dict[str, str]:
+    """Return what a page lacks that the one in its place has: a word for its name, and why."""
+    try:
+        before = stem.with_name(f"{stem.name}.md").read_text(encoding="utf-8")
+        names = _engines(json.loads(stem.with_name(f"{stem.name}.json").read_text("utf-8")))
+    except (OSError, ValueError):  # none is there, or no script can read it
+        return {}
+    result = {}
+    if missing := [name for name in names if name not in _engines(facts)]:
+        result["partial"] = f"lacks {'; '.join(missing)}"
+    if MARK in text and MARK not in before:
+        result["busy"] = "is not to be quoted"
+    return result
+
+
+def _engines(facts: Any) -> list[str]:
+    """Name what a page compares; a page without rows compares nothing."""
+    return [row["name"] for row in facts.get("rows", ())]
 
 
 def noise(result: Result) -> list[str]:
@@ -85,13 +118,22 @@ def busy(timings: Mapping[str, Timing]) -> list[str]:
         return []
     return [
         "",
-        f"**Not to be quoted.** The machine was busy: the quartiles of {'; '.join(noisy)} lie more "
+        f"{MARK} The machine was busy: the quartiles of {'; '.join(noisy)} lie more "
         f"than {QUIET - 1:.0%} apart. Measure again when nothing else runs.",
     ]
 
 
-def summary(results: Sequence[Result]) -> str:
-    """Return a page over several settings: ratios first, then milliseconds."""
+def summary(results: Sequence[Result], names: Sequence[str] | None = None) -> str:
+    """Return a page over several settings: ratios first, then milliseconds.
+
+    Parameters
+    ----------
+    results : sequence of Result
+        One per setting.
+    names : sequence of str, optional
+        What the page of each is called; by default the name of its setting.
+    """
+    names = names or [result.setting.name for result in results]
     shares = list(dict.fromkeys(work.sparsity for result in results for work in result.work))
     shares.sort()
     kinds = list(dict.fromkeys(r.kind for x in results for r in x.rows if r.kind != OURS))
@@ -137,7 +179,7 @@ def summary(results: Sequence[Result]) -> str:
         "",
         "Quartiles, differences of outputs, bytes and the command that measures again:",
         "",
-        *(f"- [{result.setting}]({result.setting.name}.md)" for result in results),
+        *(f"- [{result.setting}]({name}.md)" for result, name in zip(results, names, strict=True)),
     ]
     if any(noise(result) for result in results):
         lines += ["", "**(busy)**: not to be quoted; the quartiles were wide. See the page."]

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 
 from benchmarks.compare import share
-from benchmarks.stage import say, stage
+from benchmarks.stage import loading_pytorch, say, stage
 from blocksparse.cli import console as ui
 from blocksparse.perf import Timing, describe_machine
 
@@ -45,12 +45,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; return the exit status."""
     chosen = parse(arguments)
-    say("loading PyTorch")
-    import torch
-
-    from benchmarks.fits import fit
-
     try:
+        with loading_pytorch():
+            import torch
+
+            from benchmarks.fits import fit
         if chosen.steps < 2 * OFTEN or not chosen.sparsity:
             raise ui.UsageError(
                 f"nothing to measure: --steps has to be at least {2 * OFTEN}, for updates and "
@@ -78,13 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quartiles = f"{timing.q1_ms:.1f} to {timing.q3_ms:.1f}"
         grid.add_row(name, f"{timing.median_ms:.1f}", quartiles, str(timing.rounds))
     imposed = timings["masks imposed"].median_ms
-    update = (timings["masks built anew and imposed"].median_ms - imposed) / chosen.interval
+    update = timings["masks built anew and imposed"].median_ms - imposed
+    added = imposed + update / chosen.interval
     step = timings["step without"].median_ms
     out = ui.console()
     out.print(grid)
     out.print(
-        f"pruning adds {100 * (imposed + update) / step:.2f} % to a step: {imposed:.1f} ms for the "
-        f"masks, and {update:.1f} ms for an update every {chosen.interval} steps"
+        f"pruning adds {100 * added / step:.2f} % to a step: {imposed:.1f} ms for the masks, and "
+        f"{update:.1f} ms for an update, spread over {chosen.interval} steps"
     )
     out.print(
         f"{chosen.model}, {chosen.batch} images of {chosen.image}x{chosen.image}, "

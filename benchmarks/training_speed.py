@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.compare import RESULTS
-from benchmarks.stage import say, stage
-from benchmarks.tables import QUIET, busy, grid, save
+from benchmarks.stage import loading_pytorch, say, stage
+from benchmarks.tables import MARK, QUIET, busy, grid, save
 from benchmarks.training_figures import BASELINE, OTHERS, PARTS, Result, Row
 from blocksparse.cli import console as ui
 from blocksparse.perf import Timing, describe_machine, interleave, usable_cores
@@ -56,12 +56,15 @@ def measure(chosen: argparse.Namespace, root: Path) -> Result:
     ------
     ValueError
         If the network is unknown or cannot take such images.
+    UsageError
+        If PyTorch is not installed.
     """
-    import torch
+    with loading_pytorch():
+        import torch
 
-    from benchmarks.networks import default_image
-    from benchmarks.training_steps import Batches, Decoding, Step, make_data, picture_side
-    from blocksparse.training import build_model
+        from benchmarks.networks import default_image
+        from benchmarks.training_steps import Batches, Decoding, Step, make_data, picture_side
+        from blocksparse.training import build_model
 
     image, batch, threads = (
         chosen.image or default_image(chosen.model),
@@ -204,7 +207,7 @@ def page(result: Result) -> str:
     if result.threads == 1 and share * QUIET < 1:
         lines += [
             "",
-            f"**Not to be quoted.** The machine was busy: the process had {share:.2f} of a core. "
+            f"{MARK} The machine was busy: the process had {share:.2f} of a core. "
             "Ratios of CPU times are what can be trusted of this page.",
         ]
     return "\n".join(lines) + "\n"
@@ -222,7 +225,6 @@ def _cells(name: str, timing: Timing, batch: int) -> tuple[str, ...]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and save; return the exit status."""
     chosen = parse(arguments)
-    say("loading PyTorch")
     try:
         chosen.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:

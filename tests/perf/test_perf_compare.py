@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import compare, exports
-from benchmarks.engines import OURS, Engine, Source, build
+from benchmarks.engines import OURS, PEERS, Engine, Source, build
 from benchmarks.exports import MismatchError
 from benchmarks.figures import Setting
 from benchmarks.measurement import build_engines, measure
@@ -74,7 +75,7 @@ def test_sparse_files_keep_what_they_should(made):
 
 def test_another_network_is_caught(made, tmp_path):
     other = dense_network("resnet8", 32, seed=1)
-    wrong = exports._source(other, random_images(1, 32, 0), tmp_path / "wrong.onnx")
+    wrong = Source(other, random_images(1, 32, 0), tmp_path / "wrong.onnx")
     run = build("onnxruntime", wrong, made.images.shape, 1)
     timed = []
     engines = [Engine(OURS, lambda x: timed.append(1) or made.file(0.0).network(x))]
@@ -84,10 +85,10 @@ def test_another_network_is_caught(made, tmp_path):
 
 
 def test_less_than_float32_is_caught(made):
-    half = Source(dense_network("resnet8", 32, 0).bfloat16(), made.dense.onnx)
+    half = dense_network("resnet8", 32, 0).bfloat16()
 
     def run(images):
-        return half.network(torch.from_numpy(images).bfloat16()).float().detach().numpy()
+        return half(torch.from_numpy(images).bfloat16()).float().detach().numpy()
 
     with pytest.raises(MismatchError, match="not in float32"):
         made.check(Engine("torch-eager", run), 3)
@@ -110,6 +111,42 @@ def test_engine_that_is_not_installed_is_left_out_with_a_line(made, monkeypatch)
     line = left_out[0]
     assert line.startswith("openvino is left out")
     assert 'pip install -e ".[bench]"' in line
+
+
+def test_without_onnx_those_that_do_not_read_it_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with closing(exports.make("resnet8", 32, [0.0], Block(8, 8), 1, 0, tmp_path)) as ready:
+        setting = replace(SETTING, sparsities=(0.0,), batch=1)
+        engines, left_out = build_engines(ready, setting, ["torch-compile", "deepsparse"])
+    assert [engine.kind for engine in engines] == ["torch-eager", OURS]
+    for kind, line in zip(["onnxruntime", "openvino"], left_out, strict=False):
+        assert line.startswith(f"{kind} is left out: no network can be written as ONNX")
+        assert 'pip install -e ".[bench]"' in line
+
+
+def test_network_is_written_as_onnx_when_an_engine_asks_and_then_once(tmp_path):
+    with closing(exports.make("resnet8", 32, [0.0], Block(8, 8), 1, 0, tmp_path)) as ready:
+        assert not list(tmp_path.glob("*.onnx"))
+        written = ready.dense.onnx().stat()
+        assert ready.dense.onnx().stat() == written
+
+
+@pytest.mark.parametrize("kind", ["onnxruntime", "openvino"])
+def test_engine_that_fails_to_build_is_left_out_with_a_line(made, tmp_path, monkeypatch, kind):
+    unreadable = tmp_path / "unreadable.onnx"
+    unreadable.write_bytes(b"no graph")
+    peer = PEERS[kind]
+
+    def fails(module, source, shape, threads):  # with what the engine itself raises
+        return peer.build(module, replace(source, path=unreadable), shape, threads)
+
+    monkeypatch.setitem(PEERS, kind, replace(peer, build=fails))
+    engines, left_out = build_engines(made, SETTING, ["torch-compile", "deepsparse"])
+    kinds = {"onnxruntime", "openvino", "torch-eager", OURS}
+    assert {engine.kind for engine in engines} == kinds - {kind}
+    assert left_out[0].startswith(f"{kind} is left out: it failed to build: ")
+    assert f"--without {kind}" in left_out[0]
+    assert "\n" not in left_out[0]
 
 
 def run_small(folder, *options):
@@ -169,7 +206,7 @@ def test_compiler_that_fails_is_said_and_the_rest_goes_on(made, tmp_path, monkey
     engines, left_out = build_engines(made, SETTING, ["deepsparse"])
     assert "torch-compile" not in {engine.kind for engine in engines}
     assert OURS in {engine.kind for engine in engines}
-    assert left_out[0].startswith("torch-compile is left out, it failed: ")
+    assert left_out[0].startswith("torch-compile is left out: it failed: ")
 
 
 @pytest.mark.long

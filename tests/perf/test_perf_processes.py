@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,9 @@ from benchmarks import memory, startup
 from benchmarks.processes import PEAK, ChildError, child
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v1.bsr.safetensors"
+SCRIPTS = (
+    "compare", "memory", "smoothness", "startup", "training_overhead", "training_speed",
+)  # fmt: skip
 REPORT = f"{PEAK}\nimport json, sys\nblock = b'x' * int(sys.argv[1])\n"
 REPORT += "print(json.dumps({'peak': peak_bytes()}))"
 
@@ -36,6 +42,45 @@ def test_parts_of_a_start_add_up():
     both = parts["load the file"] + parts["first image"]
     assert parts["load and first image"] == pytest.approx(both)
     assert parts[startup.WHOLE] > parts["import blocksparse"] + both > 0
+
+
+@pytest.mark.parametrize("missing", ["onnxruntime", "onnx"])
+def test_memory_is_shown_without_the_peer(missing, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(memory, "child", lambda *arguments: {"peak": 2e6})
+    assert memory.main(["--model", "resnet8", "--runs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "blocksparse, sparse" in out
+    assert "onnxruntime, dense" not in out
+    assert "onnxruntime is left out: " in out
+    assert 'pip install -e ".[bench]"' in out
+
+
+def test_startup_needs_no_onnx(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setattr(startup, "child", lambda *arguments, **options: {"load the file": 1.0})
+    assert startup.main(["--model", "resnet8", "--runs", "1", "--first-runs", "1"]) == 0
+    assert "resnet8, 75 % sparse" in capsys.readouterr().out
+
+
+def test_without_pytorch_every_script_says_what_to_add():
+    program = (
+        "import importlib, json, sys\n"
+        "sys.modules['torch'] = None\n"  # what import does where it is missing
+        "scripts = {name: importlib.import_module('benchmarks.' + name) for name in sys.argv[1:]}\n"
+        "print(json.dumps({name: script.main([]) for name, script in scripts.items()}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *SCRIPTS],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)) == set(SCRIPTS)
+    assert all(json.loads(done.stdout).values())  # none says that it did its work
+    assert done.stderr.count('add it with: pip install -e ".[bench]"') == len(SCRIPTS)
 
 
 @pytest.mark.long

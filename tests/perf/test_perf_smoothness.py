@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.series import Call, beside, points, resized, shares, ways
-from benchmarks.smoothness import BATCH, BATCHES, SIZES, Result, page, scaling
+from benchmarks import smoothness
+from benchmarks.series import Call, Point, Share, _reasons, beside, points, resized, shares, ways
+from benchmarks.smoothness import BATCH, BATCHES, SIZES, Result, Scaling, page, scaling
 from blocksparse.export import export_model
 from blocksparse.format import check_model, read
-from blocksparse.perf import interleave, usable_cores
+from blocksparse.perf import Timing, interleave, usable_cores
 from blocksparse.perf.masked_models import Choice, find_layers, mask_model
 from blocksparse.perf.random_masks import Blocks
 from blocksparse.runtime import load
@@ -101,6 +102,76 @@ def test_points_and_page():
     assert f"| {BATCH} | " in text
     for call in calls:
         call.network.close()
+
+
+class Noted(Call):
+    """A call that notes when it runs."""
+
+    def __init__(self, batch, notes):
+        super().__init__(export_model(small(), (3, 16, 16)), batch, 1)
+        self.notes = notes
+
+    def __call__(self):
+        if hasattr(self, "notes"):
+            self.notes.append((len(self.images), "run"))
+        return super().__call__()
+
+    def trace(self):
+        self.notes.append((len(self.images), "trace"))
+        return super().trace()
+
+
+def test_layers_are_traced_as_calls_are_timed_warm_and_in_alternating_order():
+    notes = []
+    calls = [Noted(batch, notes) for batch in (1, 2, 3)]
+    _reasons(calls, rounds=3)
+    for call in calls:
+        call.network.close()
+    turns = [(batch, what) for batch in (1, 2, 3, 3, 2, 1, 1, 2, 3) for what in ("run", "trace")]
+    assert notes == turns
+
+
+def timing(ms, spread=1.0):
+    return Timing(ms, ms, ms * spread, ms, 10)
+
+
+def figures(threads=2, spoiled=""):
+    """A page's figures, one of them spoiled by a busy machine."""
+    spread = {name: 1.3 if name == spoiled else 1.0 for name in ("batch", "size", "one", "several")}
+    batches = tuple(
+        Point(n, timing(4.0, spread["batch"] if n == BATCH else 1.0), 1.0, 1.0, 1.0, ())
+        for n in BATCHES
+    )
+    sizes = (Point(160, timing(4.0, spread["size"]), 1.0, 1.0, 1.0, ()),)
+    layers = (Share("conv", "direct", 4.0, 2.0, 0.0),)
+    scaled = Scaling(1, timing(4.0, spread["one"]), timing(2.0, spread["several"]), layers)
+    return Result("small", 0.75, 32, threads, "today", "here", "command", batches, sizes, (scaled,))
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "named"),
+    [
+        ("batch", "8 images of 32x32"),
+        ("size", "1 image of 160x160 among sizes"),
+        ("one", "1 image on one thread"),
+        ("several", "1 image on 2 threads"),
+    ],
+)
+def test_page_of_a_busy_machine_is_not_to_be_quoted(spoiled, named):
+    assert "Not to be quoted" not in page(figures())
+    text = page(figures(spoiled=spoiled))
+    assert "**Not to be quoted.**" in text
+    assert f"the quartiles of {named} lie" in text
+
+
+def test_one_thread_is_not_compared_with_itself(monkeypatch):
+    monkeypatch.setattr(smoothness, "BATCHES", (1, BATCH))
+    monkeypatch.setattr(smoothness, "SIZES", (16, 20))
+    chosen = smoothness.parse(["--threads", "1", "--rounds", "1", "--seconds", "0"])
+    text = page(smoothness.measure(export_model(small(), (3, 16, 16)), chosen))
+    assert "against one" not in text
+    assert "computed" not in text  # the table of layers
+    assert "# Smoothness of resnet18, 75 % sparse, 1 thread\n" in text
 
 
 def test_shares_know_who_waits():

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks.figures import OURS, Result, Row, Setting, Work
-from benchmarks.tables import facts, page, summary
+from benchmarks.tables import facts, page, save, summary
 from blocksparse.perf import Timing
 
 
@@ -78,6 +78,66 @@ def test_without_peers_there_is_no_ratio():
     assert figures.ratio(SPARSE) is None
     assert "| blocksparse, 75 % sparse | 20.00 | 20.00 to 20.00 | 50.0 |  |" in page(figures)
     assert "| none |" in summary([figures, figures])
+
+
+BUSY = row("openvino, dense", "openvino", 30.0, spread=1.3)
+GOOD = result(SLOW, FAST, SPARSE)
+
+
+def saved(folder, figures):
+    return save(folder, "page", facts(figures), page(figures)).name
+
+
+@pytest.mark.parametrize(
+    ("figures", "stem"),
+    [
+        (result(SLOW, BUSY, SPARSE), "page-busy"),
+        (result(SLOW, SPARSE), "page-partial"),
+        (result(SLOW, DENSE, ZEROS, SPARSE), "page-partial"),  # as many, but one is not there
+        (result(BUSY, SPARSE), "page-partial-busy"),
+    ],
+)
+def test_better_page_stays_and_the_worse_is_kept_beside_it(tmp_path, capsys, figures, stem):
+    assert saved(tmp_path, GOOD) == "page"
+    assert saved(tmp_path, figures) == stem
+    assert (tmp_path / "page.md").read_text() == page(GOOD)
+    assert json.loads((tmp_path / "page.json").read_text()) == json.loads(json.dumps(facts(GOOD)))
+    assert (tmp_path / f"{stem}.md").read_text() == page(figures)
+    assert json.loads((tmp_path / f"{stem}.json").read_text())["rows"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "page.md is kept" in said
+    assert "--output" in said
+    assert ("not to be quoted" in said) == ("busy" in stem)
+    missing = "torch-eager, dense" if figures.rows[0] == BUSY else "openvino, dense"
+    assert (f"lacks {missing}" in said) == ("partial" in stem)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (GOOD, result(SLOW, FAST, SPARSE, DENSE)),
+        (result(SLOW, FAST), result(SLOW, FAST, SPARSE)),
+        (result(SLOW, BUSY, SPARSE), result(SLOW, BUSY, SPARSE, batch=2)),
+        (result(SLOW, BUSY, SPARSE), GOOD),
+    ],
+)
+def test_page_that_is_as_good_replaces_the_one_before(tmp_path, capsys, before, after):
+    saved(tmp_path, before)
+    assert saved(tmp_path, after) == "page"
+    assert (tmp_path / "page.md").read_text() == page(after)
+    assert {path.name for path in tmp_path.iterdir()} == {"page.md", "page.json"}
+    assert not capsys.readouterr().err
+
+
+def test_page_without_rows_and_one_that_cannot_be_read_are_handled(tmp_path):
+    save(tmp_path, "page", {"points": []}, "quiet\n")
+    assert save(tmp_path, "page", {"points": []}, "still quiet\n").name == "page"
+    (tmp_path / "page.json").write_text("{")
+    assert save(tmp_path, "page", facts(GOOD), page(GOOD)).name == "page"
+
+
+def test_summary_links_to_the_pages_that_were_written():
+    assert "](page-busy.md)" in summary([GOOD, GOOD], ["page", "page-busy"])
 
 
 def test_summary_has_a_line_per_setting_and_a_column_per_sparsity():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.fits import fit
+from benchmarks.fits import Steps, fit
 from benchmarks.training_overhead import main
 
 
@@ -27,6 +27,15 @@ def test_command(capsys):
     printed = capsys.readouterr().out
     assert "pruning adds" in printed
     assert "masks built anew" in printed
+
+
+def test_what_an_update_takes_is_printed_whole_and_spread_in_the_sum(monkeypatch, capsys):
+    steps = Steps(whole=[1.0] * 3, masked=[0.01] * 3, updated=[0.51] * 3)
+    monkeypatch.setattr("benchmarks.fits.fit", lambda *arguments: steps)
+    assert main(["--interval", "50"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "pruning adds 2.00 % to a step: 10.0 ms for the masks" in printed
+    assert "500.0 ms for an update, spread over 50 steps" in printed
 
 
 @pytest.mark.parametrize("arguments", ["--steps 5", "--sparsity 0"])
