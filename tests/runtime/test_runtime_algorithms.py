@@ -324,15 +324,12 @@ def test_two_first_calls_at_once_measure_once(folder, caplog):
 
 
 def test_times_of_other_code_are_not_believed(monkeypatch):
-    before = Memory(TARGET).path
+    before, read = Memory(TARGET).path, Path.read_bytes
     assert Memory(TARGET).path == before
     monkeypatch.setattr(algorithms, "sources", lambda: "other kernels")
     assert Memory(TARGET).path != before
     monkeypatch.undo()
-    read = Path.read_bytes
-    monkeypatch.setattr(
-        Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "bands.py")
-    )
+    monkeypatch.setattr(Path, "read_bytes", lambda p: read(p) + b"#" * (p.name == "bands.py"))
     assert Memory(TARGET).path != before
 
 
