@@ -36,6 +36,7 @@ def small() -> nn.Module:
     )
 
 
+@pytest.mark.slow
 def test_cifar_resnet(tmp_path):
     model = randomized(ResNetCifar(3))
     prune_blocks(model, 0.5)

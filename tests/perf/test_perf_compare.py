@@ -58,6 +58,7 @@ def test_all_engines_compute_the_same_and_are_timed(made):
     assert left_out == ["torch-compile is left out, as asked", "deepsparse is left out, as asked"]
 
 
+@pytest.mark.slow
 def test_engines_take_the_batch_and_threads_they_are_built_for(made):
     engines, _ = build_engines(made, SETTING, ["torch-compile"])
     assert torch.get_num_threads() == 1

@@ -44,6 +44,7 @@ def test_parts_of_a_start_add_up():
     assert parts[startup.WHOLE] > parts["import blocksparse"] + both > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["onnxruntime", "onnx"])
 def test_memory_is_shown_without_the_peer(missing, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, missing, None)
@@ -56,6 +57,7 @@ def test_memory_is_shown_without_the_peer(missing, monkeypatch, capsys):
     assert 'pip install -e ".[bench]"' in out
 
 
+@pytest.mark.slow
 def test_startup_needs_no_onnx(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.setattr(startup, "child", lambda *arguments, **options: {"load the file": 1.0})

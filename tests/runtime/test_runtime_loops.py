@@ -63,7 +63,7 @@ def test_a_helper_compiles_and_keeps_what_it_is_asked_for(tmp_path, monkeypatch)
     name = loops.ITEMS[records.LINEAR]
     assert loops._start([name]).wait() == 0
     (path,) = tmp_path.glob("*.o")
-    assert path == objects._path("blocksparse_linear_item", host(), objects._sources())
+    assert path == objects._path("blocksparse_linear_item", host(), objects.sources())
     assert objects.is_kept("blocksparse_linear_item")
     path.write_bytes(path.read_bytes()[:-1])
     assert not objects.is_kept("blocksparse_linear_item")

@@ -95,6 +95,7 @@ def check_all(folder: Path, least: int, workers: int = 0, **options) -> None:
     assert not differing
 
 
+@pytest.mark.slow
 def test_from_every_kind_of_checkpoint(tmp_path):
     check_all(tmp_path, least=12)
 
