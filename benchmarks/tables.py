@@ -15,6 +15,7 @@ from blocksparse.perf import Timing
 
 MARK = "**Not to be quoted.**"
 QUIET = 1.2  # third over first quartile that a quiet machine stays below
+FEWEST = 5  # rounds of which quartiles say something
 
 
 def page(result: Result) -> str:
@@ -113,6 +114,13 @@ def noise(result: Result) -> list[str]:
 
 def busy(timings: Mapping[str, Timing]) -> list[str]:
     """Return the same for any timings, by name."""
+    rounds = min(timing.rounds for timing in timings.values())
+    if rounds < FEWEST:
+        return [
+            "",
+            f"{MARK} {rounds} rounds do not tell how quiet the machine was: it takes {FEWEST} at "
+            "least.",
+        ]
     noisy = [name for name, timing in timings.items() if timing.q3_ms > QUIET * timing.q1_ms]
     if not noisy:
         return []

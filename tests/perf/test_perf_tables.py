@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks.figures import OURS, Result, Row, Setting, Work
-from benchmarks.tables import facts, page, save, summary
+from benchmarks.tables import MARK, busy, facts, page, save, summary
 from blocksparse.perf import Timing
 
 
@@ -162,3 +162,9 @@ def test_file_names_tell_settings_apart():
     assert usual.name == "resnet50-image224-8x8-shared-batch1-threads2"
     other = Setting("resnet50", 224, (0.125,), "per-position", 1, 2)
     assert other.name == "resnet50-image224-8x8-per-position-sparsity-12_5-batch1-threads2"
+
+
+@pytest.mark.parametrize(("rounds", "quotable"), [(1, False), (4, False), (5, True)])
+def test_a_few_rounds_do_not_tell_how_quiet_it_was(rounds, quotable):
+    said = "\n".join(busy({"a": Timing(1.0, 1.0, 1.0, 1.0, rounds)}))
+    assert (MARK not in said) == quotable
