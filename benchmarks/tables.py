@@ -190,7 +190,7 @@ def summary(results: Sequence[Result], names: Sequence[str] | None = None) -> st
         *(f"- [{result.setting}]({name}.md)" for result, name in zip(results, names, strict=True)),
     ]
     if any(noise(result) for result in results):
-        lines += ["", "**(busy)**: not to be quoted; the quartiles were wide. See the page."]
+        lines += ["", "**(busy)**: not to be quoted; the page says why."]
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -155,6 +156,13 @@ def work(node: Node, weight: Weight) -> float:
     return size
 
 
+@cache
+def _plan_sources() -> str:
+    """Digest of what decides how the kernels are called: the modules beside this one."""
+    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"\0".join(code)).hexdigest()
+
+
 class Memory:
     """What was measured on this machine, on disk.
 
@@ -166,9 +174,8 @@ class Memory:
 
     def __init__(self, target: Target) -> None:
         # times of other code are not believed
-        code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-        key = f"{describe(target)} {target.features} {sources()}".encode()
-        digest = hashlib.sha256(b"\0".join([key, *code])).hexdigest()
+        key = f"{describe(target)} {target.features} {sources()} {_plan_sources()}"
+        digest = hashlib.sha256(key.encode()).hexdigest()
         self.path: Path = cache_folder() / f"layers-{digest[:16]}.json"
 
     def read(self) -> dict[str, dict[str, float]]:

@@ -365,9 +365,13 @@ def _unfolder(layer: nn.Module, images: Tensor) -> tuple[Callable[[Tensor], Tens
     one_hot = torch.eye(taps).repeat(layer.in_channels, 1)
     copies.weight.copy_(one_hot.reshape(copies.weight.shape))
     bias: Tensor = nn.init.zeros_(copies.bias)  # type: ignore[arg-type]
-    pilot = copies(images[:1]).transpose(0, 1).flatten(1).mean(1)
+
+    def columns(x: Tensor) -> Tensor:
+        return copies(x).transpose(0, 1).flatten(1)
+
+    pilot = columns(images[:1]).mean(1)
     bias.copy_(-pilot)  # the subtraction comes with the copies
-    return lambda x: copies(x).transpose(0, 1).flatten(1), pilot
+    return columns, pilot
 
 
 def _wide(part: Tensor) -> Tensor:

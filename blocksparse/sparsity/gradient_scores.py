@@ -101,9 +101,11 @@ class GradientScores:
         """
         if not self._values:
             return None
-        result = {}
-        # One for all layers: those of a global allocation have to compare afterwards.
-        lowest = min(float(value.min()) for value in self._values.values())
+        result, lowest = {}, 0.0
+        if self.score == movement:
+            # Means over the weights of a unit keep their order when all weights rise alike; those
+            # of all layers do, as a global allocation compares them.
+            lowest = min(float(value.min()) for value in self._values.values())
         for param in weights:
             if param not in self._values:
                 raise ValueError(
@@ -113,10 +115,7 @@ class GradientScores:
             value = self._values[param]
             # MPS has no float64.
             value = value.to("cpu" if value.device.type == "mps" else value.device, torch.float64)
-            if self.score == movement:
-                # Means over the weights of a unit keep their order when all weights rise alike.
-                value = value - lowest
-            value = value.clamp(min=_TINY)
+            value = (value - lowest).clamp(min=_TINY)
             if masks is not None and param in masks:
                 value = value.masked_fill(~masks[param].to(value.device), 0.0)
             result[param] = value

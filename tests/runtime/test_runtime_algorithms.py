@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from threading import Barrier, Thread
 
 import numpy as np
@@ -321,16 +320,6 @@ def test_two_first_calls_at_once_measure_once(folder, caplog):
     for number, images in enumerate(batches):
         np.testing.assert_array_equal(results[number], engine.run(images, 1))
     assert len(list(folder.iterdir())) == 1
-
-
-def test_times_of_other_code_are_not_believed(monkeypatch):
-    before, read = Memory(TARGET).path, Path.read_bytes
-    assert Memory(TARGET).path == before
-    monkeypatch.setattr(algorithms, "sources", lambda: "other kernels")
-    assert Memory(TARGET).path != before
-    monkeypatch.undo()
-    monkeypatch.setattr(Path, "read_bytes", lambda p: read(p) + b"#" * (p.name == "bands.py"))
-    assert Memory(TARGET).path != before
 
 
 def test_a_partly_filled_file_is_completed(folder):

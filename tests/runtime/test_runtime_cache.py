@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from blocksparse.runtime import algorithms
 from blocksparse.runtime.algorithms import Memory
 from blocksparse.runtime.kernels import elf, objects, target
 from blocksparse.runtime.kernels.cache import cache_folder
@@ -240,3 +241,15 @@ def test_without_a_writable_cache_everything_still_runs(tmp_path):
     _, said = run(tmp_path / "file")
     assert "BLOCKSPARSE_CACHE" in said
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_times_of_other_code_are_not_believed(monkeypatch):
+    before, read = Memory(host()).path, Path.read_bytes
+    assert Memory(host()).path == before
+    monkeypatch.setattr(algorithms, "sources", lambda: "other kernels")
+    assert Memory(host()).path != before
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "read_bytes", lambda p: read(p) + b"#" * (p.name == "bands.py"))
+    algorithms._plan_sources.cache_clear()
+    assert Memory(host()).path != before
+    algorithms._plan_sources.cache_clear()
