@@ -27,6 +27,7 @@ NAMED = 3  # layers
 WAYS = {
     records.CONV: Algorithm.DIRECT,
     records.WINOGRAD: Algorithm.COLUMNS,
+    records.LINES_CONV: Algorithm.ROWS,
     records.TILES_CONV: Algorithm.TILES,
 }
 

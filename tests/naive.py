@@ -193,33 +193,36 @@ def sparse_product(x, weights, offsets, stride, pixels):
     return out
 
 
-POINTS = (0, 0.5, -0.5, 1.5, -1.5)
-"""Where Winograd's F(4, 3) evaluates polynomials; infinity, the leading coefficient, comes last."""
+POINTS = {6: (0, 0.5, -0.5, 1.5, -1.5), 8: (0, 0.5, -0.5, 1, -1, 2, -2)}
+"""Where Winograd's F(m, r) evaluates polynomials, by the number of planes, m + r - 1.
+
+Infinity, the leading coefficient, comes last.
+"""
 
 
 def winograd_weight(taps):
-    """Turn three taps into six planes: their polynomial at every point.
+    """Turn 3, 5 or 7 taps into 6, 8 or 8 planes: their polynomial at every point.
 
     Each value is divided by the product of the point's distances to the others, which
     interpolation (Toom and Cook's, of which this is the transpose) asks for.
     """
-    planes = []
-    for point in POINTS:
+    planes, points = [], POINTS[6 if len(taps) == 3 else 8]
+    for point in points:
         value = sum(tap * point**power for power, tap in enumerate(taps))
-        planes.append(value / prod(point - other for other in POINTS if other != point))
+        planes.append(value / prod(point - other for other in points if other != point))
     return [*planes, taps[-1]]
 
 
 def winograd_input(rows):
-    """Turn six rows into six planes.
+    """Turn six or eight rows into as many planes.
 
     The plane of a point is the polynomial whose roots are the other points, with row k in the place
     of the k-th power; that of infinity has all points as roots.
     """
-    planes = []
-    for own in (*POINTS, None):
+    planes, points = [], POINTS[len(rows)]
+    for own in (*points, None):
         polynomial = [1]
-        for root in POINTS:
+        for root in points:
             if root != own:
                 longer = zip([0, *polynomial], [*polynomial, 0], strict=True)
                 polynomial = [shifted - root * same for shifted, same in longer]
@@ -227,13 +230,13 @@ def winograd_input(rows):
     return planes
 
 
-def winograd_output(planes):
-    """Turn six planes into four rows: row k is the sum of the planes times their points' powers."""
+def winograd_output(planes, outputs=4):
+    """Turn planes into rows: row k is the sum of the planes times their points' powers."""
     rows = []
-    for power in range(4):
-        finite = zip(POINTS, planes[:-1], strict=True)
+    for power in range(outputs):
+        finite = zip(POINTS[len(planes)], planes[:-1], strict=True)
         row = sum(point**power * plane for point, plane in finite if point or power == 0)
-        rows.append(row + planes[-1] if power == 3 else row)
+        rows.append(row + planes[-1] if power == outputs - 1 else row)
     return rows
 
 

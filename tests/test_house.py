@@ -268,6 +268,8 @@ def test_every_product_has_a_slow_twin():
         "nm_linear": {"nm_to_dense", "linear"},
         "winograd_input": {"winograd_input"},
         "winograd_output": {"winograd_output"},
+        "line_input": {"winograd_input"},
+        "line_output": {"winograd_output"},
         "tile_input": {"tile_input"},
         "tile_output": {"tile_output"},
         "copy_phases": {"phase_planes"},

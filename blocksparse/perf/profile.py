@@ -34,7 +34,7 @@ _PARTS = {
     records.LOAD: "load", records.STORE: "store", records.COPY: "copy", records.CONV: "product",
     records.CONV_NM: "product", records.LINEAR: "product", records.LINEAR_NM: "product",
     records.POOL: "pool", records.ADAPTIVE_POOL: "pool", records.ELEMENTWISE: "elementwise",
-    records.WINOGRAD: WINOGRAD, records.TILES_CONV: WINOGRAD,
+    records.WINOGRAD: WINOGRAD, records.LINES_CONV: WINOGRAD, records.TILES_CONV: WINOGRAD,
 }  # fmt: skip
 
 

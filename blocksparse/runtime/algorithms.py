@@ -40,11 +40,13 @@ class Algorithm(StrEnum):
     """How a convolution is computed."""
 
     DIRECT = "direct"
-    COLUMNS = "winograd 4x1"
-    TILES = "winograd 4x4"
+    COLUMNS = "winograd columns"
+    ROWS = "winograd rows"
+    TILES = "winograd tiles"
     DENSE = "dense"
-    DENSE_COLUMNS = "dense winograd 4x1"
-    DENSE_TILES = "dense winograd 4x4"
+    DENSE_COLUMNS = "dense winograd columns"
+    DENSE_ROWS = "dense winograd rows"
+    DENSE_TILES = "dense winograd tiles"
 
     @property
     def dense(self) -> bool:
@@ -54,12 +56,17 @@ class Algorithm(StrEnum):
     @property
     def columns(self) -> bool:
         """Whether the sums go through Winograd's transforms down the columns."""
-        return self.value.endswith("4x1")
+        return self.value.endswith("columns")
+
+    @property
+    def rows(self) -> bool:
+        """Whether the sums go through Winograd's transforms along the rows."""
+        return self.value.endswith("rows")
 
     @property
     def tiles(self) -> bool:
         """Whether the sums go through Winograd's transforms in both directions."""
-        return self.value.endswith("4x4")
+        return self.value.endswith("tiles")
 
 
 @dataclass(frozen=True)
@@ -108,8 +115,10 @@ def ways(node: Node, weight: Weight, target: Target, allow_winograd: bool) -> li
         weights cost.
     """
     kernel = (weight.shape[2], weight.shape[3])
-    columns = allow_winograd and winograd.applies(node, kernel, target)
-    tiles = allow_winograd and winograd.applies_both(node, kernel, target)
+    fits = allow_winograd and winograd.holds_padding(node, target)
+    columns = fits and winograd.fits_columns(node, kernel)
+    tiles = fits and winograd.fits_tiles(node, kernel)
+    rows = allow_winograd and winograd.fits_rows(node, kernel)
     outputs = weight.shape[0]
     low = isinstance(weight, BsrWeight) and min(weight.block[0], outputs) < min(
         target.rows, outputs
@@ -119,9 +128,11 @@ def ways(node: Node, weight: Weight, target: Target, allow_winograd: bool) -> li
     listed = {
         Algorithm.DIRECT: True,
         Algorithm.COLUMNS: columns and not packed,
+        Algorithm.ROWS: rows and not packed,
         Algorithm.TILES: tiles and not packed,
         Algorithm.DENSE: as_dense,
         Algorithm.DENSE_COLUMNS: as_dense and columns,
+        Algorithm.DENSE_ROWS: as_dense and rows,
         Algorithm.DENSE_TILES: as_dense and tiles,
     }
     return [way for way, possible in listed.items() if possible]

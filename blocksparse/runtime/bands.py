@@ -13,9 +13,9 @@ from .kernels import objects, records
 from .kernels.kernel import Kernel
 from .kernels.records import Layout
 from .kernels.target import Target
-from .kernels.winograd_matrices import OUTPUTS, PLANES
+from .kernels.winograd_matrices import FILTERINGS, OUTPUTS, PLANES, Filtering
 from .prepack import Packed
-from .products import HALVES, ITEMS, fill_product, lane_bits, shares_pixels
+from .products import HALVES, ITEMS, fill_product, lane_bits, pixel_mask, shares_pixels
 from .steps import Step
 from .tables import Tables
 
@@ -82,9 +82,10 @@ def fill_columns(
     target: Target,
     tables: Tables,
     output: Layout,
+    kernel: tuple[int, int],
     batch: int,
 ) -> int:
-    """Fill the record of a convolution through F(4, 3) down the columns.
+    """Fill the record of a convolution through F(m, r) down the columns.
 
     Returns
     -------
@@ -92,31 +93,73 @@ def fill_columns(
         Bytes of scratch memory that a thread needs.
     """
     lanes, row = target.lanes, output.row
+    filtering = FILTERINGS[kernel[0]]
     channels = int(record[records.SOURCE + 4])
-    per_image = -(-output.height // OUTPUTS)
-    in_halves = shares_pixels(packed, channels, 4 * batch * per_image * OUTPUTS * row)
-    band, bands = cut(batch * per_image, 4 * PLANES * channels * row, in_halves)
-    # the zeros left of the first row, the band, and what its last vector reads beyond
+    per_image = -(-output.height // filtering.outputs)
+    in_halves = shares_pixels(packed, channels, 4 * batch * per_image * filtering.outputs * row)
+    unit_bytes = 4 * filtering.planes * channels * row
+    least = 2 if packed.rows < FULL_ROWS else 1
+    band, bands = cut(batch * per_image, unit_bytes, in_halves, least)
+    # the zeros left of the first row, the band, and what its last vector writes and reads beyond
     vectors = -(-band * row // lanes)
-    dilation = step.node.attrs["dilation"][1]
-    line = layout.odd_lines(lanes + (vectors + 1) * lanes + dilation * 16)
-    plane = layout.odd_lines(channels * line)
-    sums = layout.odd_lines(vectors * lanes + lanes)
-    record[records.TILE_ROWS_ALL] = batch * per_image
-    record[records.BAND] = band
+    dilation, left = step.node.attrs["dilation"][1], step.node.attrs["padding"][1]
+    lead = lanes if left else 0
+    written = band * row + layout.round_up(row, lanes) - row
+    reached = vectors * lanes + (kernel[1] - 1) * dilation - left
+    line = layout.odd_lines(lead + max(written, reached))
+    record[records.LEAD] = lead
     record[records.TILE_ROWS_IMAGE] = per_image
-    record[[records.PLANE, records.PLANE_CHANNEL]] = plane, line
-    record[[records.SUMS_PLANE, records.SUMS_ROW]] = packed.rows * sums, sums
-    record[records.INPUT_KERNEL] = objects.address(Kernel("winograd_input"), target)
-    record[records.OUTPUT_KERNEL] = objects.address(Kernel("winograd_output"), target)
+    record[records.INPUT_KERNEL] = objects.address(
+        Kernel("winograd_input", width=kernel[0]), target
+    )
+    record[records.OUTPUT_KERNEL] = objects.address(
+        Kernel("winograd_output", width=kernel[0]), target
+    )
     columns = np.arange(layout.round_up(row, lanes))
     record[records.INSIDE] = tables.address(lane_bits(columns < output.width, lanes))
     record[records.WITHIN] = tables.address(lane_bits(columns < row, lanes))
     record[records.ZEROS] = tables.address(np.zeros(len(columns), np.float32))
     offsets = packed.channels.astype(np.int64) * line - step.node.attrs["padding"][1]
     offsets += packed.positions * dilation
+    scratch = _fill_planes(record, packed, filtering, batch * per_image, band, vectors, line, lanes)
     _fill(record, step, packed, offsets, bias, target, tables, bands)
-    return records.HEADER + 4 * PLANES * (plane + packed.rows * sums)
+    return scratch
+
+
+def fill_lines(
+    record: npt.NDArray[np.int64],
+    step: Step,
+    packed: Packed,
+    bias: npt.NDArray[np.float32],
+    target: Target,
+    tables: Tables,
+    output: Layout,
+    kernel: tuple[int, int],
+    batch: int,
+) -> int:
+    """Fill the record of a convolution through F(m, r) along the rows.
+
+    Returns
+    -------
+    int
+        Bytes of scratch memory that a thread needs.
+    """
+    lanes, filtering = target.lanes, FILTERINGS[kernel[1]]
+    channels = int(record[records.SOURCE + 4])
+    run = output.run(batch)
+    units = -(-run // (filtering.outputs * lanes))
+    in_halves = shares_pixels(packed, channels, 4 * run)
+    band, bands = cut(units, 4 * filtering.planes * channels * lanes, in_halves)
+    line = layout.odd_lines(band * lanes)
+    above, left = step.node.attrs["padding"]
+    record[records.PAD_LEFT] = above * output.row + left
+    record[records.INPUT_KERNEL] = objects.address(Kernel("line_input", width=kernel[1]), target)
+    record[records.OUTPUT_KERNEL] = objects.address(Kernel("line_output", width=kernel[1]), target)
+    record[records.INSIDE] = tables.address(pixel_mask(output, batch, lanes))
+    offsets = packed.channels.astype(np.int64) * line
+    scratch = _fill_planes(record, packed, filtering, units, band, band, line, lanes)
+    _fill(record, step, packed, offsets, bias, target, tables, bands)
+    return scratch
 
 
 def fill_tiles(
@@ -127,9 +170,10 @@ def fill_tiles(
     target: Target,
     tables: Tables,
     output: Layout,
+    kernel: tuple[int, int],
     batch: int,
 ) -> int:
-    """Fill the record of a convolution through F(4x4, 3x3).
+    """Fill the record of a convolution through F(4x4, 3x3); `kernel` is 3 x 3.
 
     Returns
     -------
@@ -159,8 +203,9 @@ def fill_tiles(
     record[records.TOGETHER] = together
     sums = records.UNITS * lanes
     record[[records.SUMS_PLANE, records.SUMS_ROW]] = packed.rows * sums, sums
-    record[records.INPUT_KERNEL] = objects.address(Kernel("tile_input", width=groups), target)
-    record[records.OUTPUT_KERNEL] = objects.address(Kernel("tile_output", width=groups), target)
+    kernels = [Kernel(op, 1, groups, kernel[0]) for op in ("tile_input", "tile_output")]
+    record[records.INPUT_KERNEL] = objects.address(kernels[0], target)
+    record[records.OUTPUT_KERNEL] = objects.address(kernels[1], target)
     record[records.ZEROS] = tables.address(np.zeros((along + 1) * OUTPUTS * lanes, np.float32))
     # the four vectors of a unit along a row, [unit][vector][lane]: which pixel each lane holds
     pixel = np.arange(OUTPUTS * lanes).reshape(OUTPUTS, lanes) % (OUTPUTS * lanes // groups)
@@ -172,6 +217,35 @@ def fill_tiles(
     record[records.WITHIN] = tables.address(lane_bits(np.concatenate(written, axis=1), lanes))
     _fill(record, step, packed, packed.channels * np.int64(line), bias, target, tables, bands)
     return records.HEADER + 4 * planes * (plane + together * packed.rows * sums)
+
+
+def _fill_planes(
+    record: npt.NDArray[np.int64],
+    packed: Packed,
+    filtering: Filtering,
+    units: int,
+    band: int,
+    vectors: int,
+    line: int,
+    lanes: int,
+) -> int:
+    """Fill what the planes of a band take in one direction; return their bytes, sums included.
+
+    Parameters
+    ----------
+    units, band : int
+        Tile rows or units of all images, and of a band.
+    vectors, line : int
+        Vectors of a band that are computed, and floats from one channel of a plane to the next.
+    """
+    plane = layout.odd_lines(int(record[records.SOURCE + 4]) * line)
+    sums = layout.odd_lines(vectors * lanes + lanes)
+    record[records.TILE_ROWS_ALL] = units
+    record[records.BAND] = band
+    record[[records.OUTPUTS, records.PLANES_ALL]] = filtering.outputs, filtering.planes
+    record[[records.PLANE, records.PLANE_CHANNEL]] = plane, line
+    record[[records.SUMS_PLANE, records.SUMS_ROW]] = packed.rows * sums, sums
+    return records.HEADER + 4 * filtering.planes * (plane + packed.rows * sums)
 
 
 def _fill(
@@ -191,3 +265,11 @@ def _fill(
         record, step, packed, offsets.astype(np.int32), bias, target, tables, -(-ITEMS // bands)
     )
     record[records.ITEMS] = bands * parts
+
+
+FILL = {
+    records.WINOGRAD: fill_columns,
+    records.LINES_CONV: fill_lines,
+    records.TILES_CONV: fill_tiles,
+}
+"""What fills the record of a convolution, by the step that computes it."""

@@ -52,9 +52,11 @@ def choice_of(
         pattern = "dense"
         if isinstance(weight, BsrWeight):
             reason = f"{len(weight.indices)} blocks stored, run as dense {tile}"
-    op = {records.WINOGRAD: "winograd4x1", records.TILES_CONV: "winograd4x4"}.get(
-        product.op, node.op.removesuffix("2d")
-    )
+    op = {
+        records.WINOGRAD: "winograd_columns",
+        records.LINES_CONV: "winograd_rows",
+        records.TILES_CONV: "winograd_tiles",
+    }.get(product.op, node.op.removesuffix("2d"))
     if measured:
         reason += f"; {measured}"
     if copies:

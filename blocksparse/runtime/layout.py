@@ -16,18 +16,23 @@ form a *frame*; `frames` finds them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from blocksparse.format import Graph, Node
 
 from .kernels.records import Layout
+from .kernels.winograd_matrices import FILTERINGS
 
 PAGE_BYTES = 4096
 """What the operating system maps at once, and the processor's prefetcher does not leave."""
 
 ALIGN = 16
 """Strides and bases are multiples of this many floats: one cache line, the longest vector."""
+
+LINE_TILE = max(filtering.outputs for filtering in FILTERINGS.values())
+"""Pixels of a tile of Winograd's transforms along the rows: the last may begin with the last pixel
+and reads what its other outputs need."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,15 @@ class Frame:
         Rows of an image and pixels of a row, padding included.
     above, left : int
         Largest padding, in rows and columns, that a reader of one of the values asks for.
+    beyond : int
+        Pixels behind that padding that a reader of one of the values may read besides.
     """
 
     rows: int
     row: int
     above: int
     left: int
+    beyond: int = 0
 
     @property
     def image(self) -> int:
@@ -55,7 +63,7 @@ class Frame:
     @property
     def margin(self) -> int:
         """Floats before the first and after the last pixel of a channel that have to be zero."""
-        return self.above * self.row + self.left
+        return self.above * self.row + self.left + self.beyond
 
     @property
     def lead(self) -> int:
@@ -79,7 +87,9 @@ def odd_lines(count: int) -> int:
     return count if count // ALIGN % 2 else count + ALIGN
 
 
-def frames(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Frame]:
+def frames(
+    graph: Graph, shapes: Mapping[str, tuple[int, ...]], lines: Collection[str] = ()
+) -> dict[str, Frame]:
     """Find the frame of every feature map of a graph.
 
     Parameters
@@ -88,6 +98,8 @@ def frames(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Fra
         The graph.
     shapes : mapping of str to tuple of int
         Shape of every value that will lie in memory, phase planes of strided convolutions included.
+    lines : collection of str
+        Convolutions that may run along the rows, see `kernels.lines`.
 
     Returns
     -------
@@ -97,6 +109,7 @@ def frames(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Fra
     groups = _Groups()
     shapes = {name: shape for name, shape in shapes.items() if len(shape) == 3}
     need: dict[str, tuple[int, int]] = {}  # padding by value
+    beyond: dict[str, int] = {}
     for node in graph.nodes:
         if node.op == "conv2d":
             source = node.inputs[0]
@@ -108,6 +121,8 @@ def frames(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Fra
                     max(above, node.attrs["padding"][0]),
                     max(left, node.attrs["padding"][1]),
                 )
+                if node.name in lines:
+                    beyond[source] = LINE_TILE - 1
             for name in (source, *node.inputs[1:]):
                 groups.join(node.name, name)
         elif node.op in ("add", "concat", "activation", "affine", "mul"):
@@ -123,7 +138,8 @@ def frames(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Fra
         left = max(need.get(name, (0, 0))[1] for name in names)
         rows = max(shapes[name][1] + need.get(name, (0, 0))[0] for name in names)
         row = max(shapes[name][2] + need.get(name, (0, 0))[1] for name in names)
-        result.update(dict.fromkeys(names, Frame(rows, row, above, left)))
+        most = max(beyond.get(name, 0) for name in names)
+        result.update(dict.fromkeys(names, Frame(rows, row, above, left, most)))
     return result
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from blocksparse.format import ACTIVATIONS, Model
 
 from . import layout
-from .bands import fill_columns, fill_tiles
+from .bands import FILL
 from .kernels import call_record, loops, objects, records
 from .kernels.kernel import Kernel
 from .kernels.records import Layout
@@ -116,6 +116,7 @@ class _Binding:
             records.CONV: self._product,
             records.CONV_NM: self._product,
             records.WINOGRAD: self._product,
+            records.LINES_CONV: self._product,
             records.TILES_CONV: self._product,
             records.LINEAR: self._product,
             records.LINEAR_NM: self._product,
@@ -313,11 +314,12 @@ class _Binding:
             bias = np.zeros(self.model.weights[name].shape[0], np.float32)
         if step.op in (records.LINEAR, records.LINEAR_NM):
             fill_linear(record, step, step.packed, bias, self.target, self.tables)
-        elif step.op in (records.WINOGRAD, records.TILES_CONV):
-            fill = fill_tiles if step.op == records.TILES_CONV else fill_columns
-            needed = fill(
-                record, step, step.packed, bias, self.target, self.tables, output, self.batch
-            )
+        elif step.op in FILL:
+            kernel = kernel_size(self.model, step.node)
+            needed = FILL[step.op](
+                record, step, step.packed, bias, self.target, self.tables, output, kernel,
+                self.batch,
+            )  # fmt: skip
             self.scratch = max(self.scratch, needed)
         else:
             kernel = kernel_size(self.model, step.node)

@@ -41,6 +41,7 @@ KERNELS: dict[int, tuple[str, tuple[int, ...]]] = {
     records.CONV: ("sparse_conv", (1, 2, 3)),
     records.CONV_NM: ("nm_conv", (1, 2, 4, 8)),
     records.WINOGRAD: ("sparse_product", (1, 2, 3)),
+    records.LINES_CONV: ("sparse_product", (1, 2, 3)),
     records.TILES_CONV: ("sparse_product", (1, 2)),
     records.LINEAR: ("sparse_linear", (1, 2, 4)),
     records.LINEAR_NM: ("nm_linear", (1, 2, 4)),
@@ -61,7 +62,7 @@ def tile_widths(op: int, packed: Packed, target: Target) -> tuple[int, ...]:
         # multiply-add waits for the one before. MobileNet V2 takes 0.96 of the time so, and 0.94 at
         # 90 % (medians of rounds in turns, Zen 3, one and two threads alike).
         return KERNELS[records.CONV_NM][1]
-    if op in (records.CONV, records.WINOGRAD, records.TILES_CONV):
+    if op in (records.CONV, records.LINES_CONV, records.TILES_CONV):
         return tuple(width for width in widths if width <= target.vectors)
     return widths
 

@@ -138,7 +138,12 @@ class _Lowering:
                 self.shapes[layout.phases_name(node)] = layout.phases_shape(
                     node, kernel_size(model, node), self.shapes[node.inputs[0]]
                 )
-        self.frames = layout.frames(graph, self.shapes)
+        lines = {
+            node.name
+            for node in graph.nodes
+            if node.op == "conv2d" and winograd.fits_rows(node, kernel_size(model, node))
+        }
+        self.frames = layout.frames(graph, self.shapes, lines)
         self.places = {name: Place(name) for name in self.shapes}
         self.written: set[str] = set()  # flattened values that their source writes itself
         self.copied: dict[str, list[tuple[str, int]]] = {}  # concatenation -> parts to copy
@@ -197,7 +202,7 @@ class _Lowering:
         way = Algorithm.DIRECT
         if op == records.CONV:
             way, packed = self._prepared(node, weight, source)
-            op = records.TILES_CONV if way.tiles else records.WINOGRAD if way.columns else op
+            op = next((other for kind, other, _ in _WINOGRAD if kind(way)), op)
         else:
             packed = pack(weight, groups, self.target)
             release(weight)
@@ -220,23 +225,21 @@ class _Lowering:
         packed = self.packs[node.name, stored]
         if way is None:
             way = Algorithm.COLUMNS if self._rule(node, packed, source) else Algorithm.DIRECT
-        if way.columns or way.tiles:
-            if (node.name, way) not in self.packs:
-                width = kernel_size(self.model, node)[1]
-                self.packs[node.name, way] = winograd.transform(packed, width, both=way.tiles)
-            packed = self.packs[node.name, way]
-        return way, packed
+        transform = next((transform for kind, _, transform in _WINOGRAD if kind(way)), None)
+        if transform is not None and (node.name, way) not in self.packs:
+            self.packs[node.name, way] = transform(packed, kernel_size(self.model, node))
+        return way, packed if transform is None else self.packs[node.name, way]
 
     def _rule(self, node: Node, packed: Packed, source: str) -> bool:
         """Whether a layer that nobody measured goes through Winograd."""
         kernel = kernel_size(self.model, node)
         if packed.group or not self.allow_winograd:
             return False
-        if not winograd.applies(node, kernel, self.target):
+        fits = winograd.fits_columns(node, kernel) and winograd.holds_padding(node, self.target)
+        if not fits:
             return False
-        geometry = winograd.Geometry(node.shape[1], self.frames[node.name].row)
-        channels = self.shapes[source][0]
-        return winograd.pays(packed, kernel[1], channels, geometry, self.target.lanes)
+        geometry = winograd.Geometry(kernel, node.shape[1], self.frames[node.name].row)
+        return winograd.pays(packed, self.shapes[source][0], geometry, self.target.lanes)
 
     def _conv2d(self, node: Node) -> None:
         source = node.inputs[0]
@@ -330,6 +333,13 @@ class _Lowering:
             self.written.add(target)
         self._emit(records.ADAPTIVE_POOL, node, node.inputs[0], target, flat=target != node.name)
 
+
+_WINOGRAD: list[tuple[Callable[[Algorithm], bool], int, Callable[..., Packed]]] = [
+    (lambda way: way.columns, records.WINOGRAD, winograd.columns),
+    (lambda way: way.rows, records.LINES_CONV, winograd.rows),
+    (lambda way: way.tiles, records.TILES_CONV, winograd.tiles),
+]
+"""Ways through Winograd's transforms, what runs them, and what prepares their weights."""
 
 _HANDLERS: dict[str, Callable[[_Lowering, Node], None]] = {
     "conv2d": _Lowering._conv2d,

@@ -10,8 +10,13 @@ import numpy as np
 
 from blocksparse.format import Model, Node
 
-WINOGRAD_ERROR = 3
+from . import winograd
+
+TILES_ERROR = 3
 """Error of F(4x4, 3x3) over that of direct sums, measured; see `kernels.winograd_matrices`."""
+
+LINE_ERROR = {3: 1.4, 5: 2.1, 7: 2.1}
+"""The same for F(m, r) down the columns or along the rows, by taps."""
 
 
 def tolerance(model: Model, max_logit: float) -> float:
@@ -28,9 +33,9 @@ def tolerance(model: Model, max_logit: float) -> float:
 
     with eps = 2**-23, tiny the smallest normal number (what is below is flushed to zero), L the
     length of a convolution's or linear layer's dot products (C/groups * kh * kw, F), the window of
-    an average pool, 2 for other arithmetic and 0 where values only move. A 3x3 convolution of
-    stride 1 may run through Winograd's F(4x4, 3x3), which errs `WINOGRAD_ERROR` times as much: in
-    quadrature, it counts as 9 times as long.
+    an average pool, 2 for other arithmetic and 0 where values only move. A convolution that may run
+    through Winograd's transforms errs up to 3 times as much: in quadrature, it counts as up to 9
+    times as long.
 
     The scale is that of the logits, so a network that ends in a clamp (ReLU6) can differ by more.
 
@@ -59,7 +64,7 @@ def tolerance(model: Model, max_logit: float) -> float:
 def _dot_length(model: Model, node: Node, shape: tuple[int, ...]) -> int:
     if node.op in ("conv2d", "linear"):
         length = prod(model.weights[node.name].shape[1:])
-        return WINOGRAD_ERROR**2 * length if _fits_tiles(model, node) else length
+        return round(_winograd_error(model, node) ** 2 * length)
     if node.op == "avg_pool2d":
         return prod(node.attrs["kernel"])
     if node.op == "adaptive_avg_pool2d":
@@ -67,11 +72,16 @@ def _dot_length(model: Model, node: Node, shape: tuple[int, ...]) -> int:
     return 2 if node.op in ("add", "mul", "affine", "activation") else 0
 
 
-def _fits_tiles(model: Model, node: Node) -> bool:
-    """Whether a convolution may run through tiles: the rule of `winograd.applies_both`."""
-    return (
-        node.op == "conv2d"
-        and model.weights[node.name].shape[2:] == (3, 3)
-        and tuple(node.attrs["stride"]) == (1, 1) == tuple(node.attrs["dilation"])
-        and node.attrs["groups"] == 1
-    )
+def _winograd_error(model: Model, node: Node) -> float:
+    """Largest error of the ways to compute a product, over that of direct sums."""
+    if node.op != "conv2d":
+        return 1.0
+    height, width = model.weights[node.name].shape[2:]
+    if winograd.fits_tiles(node, (height, width)):
+        return TILES_ERROR
+    errors = [1.0]
+    if winograd.fits_columns(node, (height, width)):
+        errors.append(LINE_ERROR[height])
+    if winograd.fits_rows(node, (height, width)):
+        errors.append(LINE_ERROR[width])
+    return max(errors)

@@ -1,8 +1,8 @@
-"""Weights for Winograd's F(4, 3): six planes in place of three rows of taps.
+"""Weights for Winograd's F(m, r): planes in place of taps, by columns, by rows, or both.
 
 With masks shared over kernel positions the planes keep the pattern of the weight, and a tile row
-costs 6 * kw products a block in place of 4 * 3 * kw. A mask of its own per position costs more: a
-plane needs every block that one of the three rows has.
+costs 6 * kw products a block in place of 4 * 3 * kw, say. A mask of its own per position costs
+more: a plane needs every block that one of the taps has.
 """
 
 # S kernel steps of a row tile, J columns of a step, R rows of a tile, P planes
@@ -12,80 +12,87 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from blocksparse.format import Node
 
 from . import layout
 from .kernels.target import Target
-from .kernels.winograd_matrices import OUTPUTS, PLANES, TAPS, WEIGHT
+from .kernels.winograd_matrices import FILTERINGS
 from .prepack import Packed, RowTile
 
-TRANSFORM_COST = 40
-"""What the two transforms cost for one vector of a tile row and one channel, in FMAs of a vector.
+TRANSFORM_COST = 40 / 36
+"""What the two transforms cost for one vector of a tile row and one channel, in FMAs of a vector,
+over the entries of a matrix, n * n.
 
-Measured on ResNet-50's layers: input 25 to 40, output 30 to 50.
+Measured on ResNet-50's layers, where n is 6: input 25 to 40, output 30 to 50.
 """
+
+TILE = 3
+"""Kernel height and width of what goes through tiles in both directions."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Tile rows of one convolution, whatever the batch.
+    """A convolution, whatever the batch.
 
     Parameters
     ----------
+    kernel : tuple of int
+        Kernel height, one of `FILTERINGS`, and width.
     height : int
         Rows of an output image.
     row : int
         Pixels from one row to the next, padding included.
     """
 
+    kernel: tuple[int, int]
     height: int
     row: int
 
     @property
     def tile_rows(self) -> int:
         """Tile rows of an image."""
-        return -(-self.height // OUTPUTS)
+        return -(-self.height // FILTERINGS[self.kernel[0]].outputs)
 
 
-def applies(node: Node, kernel: tuple[int, int], target: Target) -> bool:
-    """Whether a convolution can run this way: height 3, stride 1, undilated rows, one group.
+def fits_columns(node: Node, kernel: tuple[int, int]) -> bool:
+    """Whether a convolution can go down the columns: its height, stride 1, one group, undilated."""
+    return kernel[0] in FILTERINGS and _plain(node, 0)
 
-    Parameters
-    ----------
-    node : Node
-        A convolution.
-    kernel : tuple of int
-        Kernel height and width.
-    target : Target
-        Its vectors have to hold the left padding.
-    """
+
+def fits_rows(node: Node, kernel: tuple[int, int]) -> bool:
+    """Whether a convolution can go along the rows: its width, height 1, and the same otherwise."""
+    return kernel[0] == 1 and kernel[1] in FILTERINGS and _plain(node, 1)
+
+
+def fits_tiles(node: Node, kernel: tuple[int, int]) -> bool:
+    """Whether a convolution can go through tiles in both directions: as both, and 3 x 3."""
+    return kernel == (TILE, TILE) and _plain(node, 0) and _plain(node, 1)
+
+
+def _plain(node: Node, axis: int) -> bool:
     return (
-        kernel[0] == TAPS
-        and not layout.is_strided(node)
-        and node.attrs["dilation"][0] == 1
+        not layout.is_strided(node)
+        and node.attrs["dilation"][axis] == 1
         and node.attrs["groups"] == 1
-        and node.attrs["padding"][1] <= target.lanes
     )
 
 
-def applies_both(node: Node, kernel: tuple[int, int], target: Target) -> bool:
-    """Whether a convolution can go through tiles in both directions: as `applies`, and 3 x 3."""
-    return applies(node, kernel, target) and kernel[1] == TAPS and node.attrs["dilation"][1] == 1
+def holds_padding(node: Node, target: Target) -> bool:
+    """Whether a vector holds the left padding, as columns and tiles want it."""
+    return bool(node.attrs["padding"][1] <= target.lanes)
 
 
-def transform(packed: Packed, width: int, both: bool = False) -> Packed:
-    """Turn a prepared weight of kernel height 3 into planes.
+def columns(packed: Packed, kernel: tuple[int, int]) -> Packed:
+    """Turn a prepared weight into planes that stand for its rows of taps.
 
     Parameters
     ----------
     packed : Packed
         As `prepack.pack` returns it; not N:M.
-    width : int
-        Kernel width.
-    both : bool
-        Transform rows as well as columns, for a width of 3: P is 36 in place of 6, and nothing is
-        left of the kernel columns.
+    kernel : tuple of int
+        Kernel height and width.
 
     Returns
     -------
@@ -93,7 +100,22 @@ def transform(packed: Packed, width: int, both: bool = False) -> Packed:
         A tile's values are plane after plane, ``[P][S][J][R]``; positions are kernel columns. The
         sums are taken in float64 and rounded once.
     """
-    matrix = np.kron(WEIGHT, WEIGHT) if both else np.array(WEIGHT)
+    return _transformed(packed, np.array(FILTERINGS[kernel[0]].weight), kernel[1])
+
+
+def rows(packed: Packed, kernel: tuple[int, int]) -> Packed:
+    """Turn a prepared weight of height 1 into planes; as `columns`, but no position is left."""
+    return _transformed(packed, np.array(FILTERINGS[kernel[1]].weight), 1)
+
+
+def tiles(packed: Packed, kernel: tuple[int, int]) -> Packed:
+    """Turn a prepared weight of 3 x 3 into 36 planes; as `columns`, but no position is left."""
+    down, along = (np.array(FILTERINGS[size].weight) for size in kernel)
+    return _transformed(packed, np.kron(down, along), 1)
+
+
+def _transformed(packed: Packed, matrix: npt.NDArray[np.float64], width: int) -> Packed:
+    """Multiply the taps by a matrix (P, taps); of positions, the remainder by `width` is left."""
     size = packed.columns * packed.rows
     values, channels, columns, tiles = [], [], [], []
     place = steps = 0
@@ -102,9 +124,7 @@ def transform(packed: Packed, width: int, both: bool = False) -> Packed:
         count = tile.steps.stop - tile.steps.start
         key = (tile.steps.start, tile.steps.stop)
         if key not in done:  # the tiles of a dense weight share their steps
-            tap, column = np.divmod(
-                packed.positions[tile.steps].astype(np.int64), 1 if both else width
-            )
+            tap, column = np.divmod(packed.positions[tile.steps].astype(np.int64), width)
             kinds, inverse = np.unique(
                 packed.channels[tile.steps].astype(np.int64) * width + column, return_inverse=True
             )
@@ -126,15 +146,13 @@ def transform(packed: Packed, width: int, both: bool = False) -> Packed:
     )  # fmt: skip
 
 
-def pays(packed: Packed, width: int, channels: int, geometry: Geometry, lanes: int) -> bool:
-    """Whether the planes are expected to run faster than the weight itself: a rule of thumb.
+def pays(packed: Packed, channels: int, geometry: Geometry, lanes: int) -> bool:
+    """Whether columns are expected to run faster than the weight itself: a rule of thumb.
 
     Parameters
     ----------
     packed : Packed
-        The weight before `transform`.
-    width : int
-        Kernel width.
+        The weight as it is.
     channels : int
         Input channels.
     geometry : Geometry
@@ -142,7 +160,7 @@ def pays(packed: Packed, width: int, channels: int, geometry: Geometry, lanes: i
     lanes : int
         Floats of a vector.
     """
-    size = packed.columns * packed.rows
+    size, width = packed.columns * packed.rows, geometry.kernel[1]
     kinds: dict[tuple[int, int], int] = {}
     for tile in packed.tiles:
         key = (tile.steps.start, tile.steps.stop)
@@ -154,12 +172,13 @@ def pays(packed: Packed, width: int, channels: int, geometry: Geometry, lanes: i
     direct = size * sum(tile.steps.stop - tile.steps.start for tile in packed.tiles)
     direct *= -(-geometry.height * geometry.row // lanes)
     rows = geometry.tile_rows
-    products = PLANES * size
+    planes = FILTERINGS[geometry.kernel[0]].planes
+    products = planes * size
     products *= sum(kinds[tile.steps.start, tile.steps.stop] for tile in packed.tiles)
     products *= -(-rows * geometry.row // lanes)
     outputs = sum(tile.rows for tile in packed.tiles)
     vectors = rows * -(-geometry.row // lanes)
-    return products + TRANSFORM_COST * vectors * (channels + outputs) < direct
+    return products + TRANSFORM_COST * planes**2 * vectors * (channels + outputs) < direct
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:

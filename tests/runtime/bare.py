@@ -120,7 +120,8 @@ def assert_zeros_around(values, plan, op, batch):
 def assert_nothing_else_written(values, plan, batch):
     """Only rows of the steps' own values, and the zeros around them, may have been written."""
     allowed = np.zeros(len(values), bool)
-    whole = targets(plan, records.CONV, records.CONV_NM)  # they write whole vectors
+    # they write whole vectors
+    whole = targets(plan, records.CONV, records.CONV_NM, records.LINES_CONV)
     for where in targets(plan):
         margin = max(where.margin, 0)
         # the last row may be filled up to the next one

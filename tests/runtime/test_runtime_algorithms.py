@@ -23,7 +23,7 @@ from blocksparse.runtime.compiled import MOST_IMAGES, CompiledEngine
 from blocksparse.runtime.kernels import records
 from blocksparse.runtime.kernels.target import Target, host
 
-DIRECT, COLUMNS, TILES, DENSE, DENSE_COLUMNS, DENSE_TILES = Algorithm
+DIRECT, COLUMNS, ROWS, TILES, DENSE, DENSE_COLUMNS, DENSE_ROWS, DENSE_TILES = Algorithm
 TARGET = Target("x86_64-unknown-linux-gnu", "generic", "+avx512f", 16, 8, 3, 8)
 LOW = ("bsr", (4, 4), 0.5)
 LAYOUTS = ["dense", ("bsr", (8, 8), 0.5), LOW, ("bsr", (1, 1), 0.3), ("nm", 2, 4)]
@@ -95,7 +95,12 @@ ALL = [DIRECT, COLUMNS, TILES, DENSE, DENSE_COLUMNS, DENSE_TILES]
         ({"stride": (1, 2), "layout": LOW}, [DIRECT, DENSE], [DIRECT, DENSE]),
         ({"kernel": (1, 1)}, [DIRECT], [DIRECT]),
         ({"kernel": (3, 1)}, [DIRECT, COLUMNS], [DIRECT]),
-        ({"kernel": (1, 3)}, [DIRECT], [DIRECT]),
+        ({"kernel": (1, 3)}, [DIRECT, ROWS], [DIRECT]),
+        ({"kernel": (1, 7), "layout": ("nm", 2, 4)}, [DIRECT, DENSE, DENSE_ROWS], [DIRECT, DENSE]),
+        ({"kernel": (1, 5), "layout": LOW}, [DIRECT, ROWS, DENSE, DENSE_ROWS], [DIRECT, DENSE]),
+        ({"kernel": (5, 5)}, [DIRECT, COLUMNS], [DIRECT]),
+        ({"kernel": (7, 1)}, [DIRECT, COLUMNS], [DIRECT]),
+        ({"kernel": (9, 1)}, [DIRECT], [DIRECT]),
         ({"dilation": (1, 2)}, [DIRECT, COLUMNS], [DIRECT]),
         ({"dilation": (2, 2), "layout": LOW}, [DIRECT, DENSE], [DIRECT, DENSE]),
         ({"kernel": (3, 1), "layout": LOW}, [DIRECT, COLUMNS, DENSE, DENSE_COLUMNS],
@@ -114,8 +119,11 @@ def test_blocks_as_high_as_the_register_tile_are_not_taken_as_dense():
 
 
 def test_what_the_names_of_the_ways_say():
-    assert [way for way in Algorithm if way.dense] == [DENSE, DENSE_COLUMNS, DENSE_TILES]
+    assert [way for way in Algorithm if way.dense] == [
+        DENSE, DENSE_COLUMNS, DENSE_ROWS, DENSE_TILES,
+    ]  # fmt: skip
     assert [way for way in Algorithm if way.columns] == [COLUMNS, DENSE_COLUMNS]
+    assert [way for way in Algorithm if way.rows] == [ROWS, DENSE_ROWS]
     assert [way for way in Algorithm if way.tiles] == [TILES, DENSE_TILES]
 
 
@@ -178,13 +186,14 @@ def test_every_way_is_right_for_every_layout(folder):
             assert {choice.algorithm for choice in engine.algorithms.choices.values()} == {way}
             steps = products(engine)
             direct = records.CONV_NM if layout[0] == "nm" and not way.dense else records.CONV
-            op = (way.columns and records.WINOGRAD) or (way.tiles and records.TILES_CONV) or direct
+            ops = {"columns": records.WINOGRAD, "rows": records.LINES_CONV,
+                   "tiles": records.TILES_CONV}  # fmt: skip
+            (op,) = [ops[name] for name in ops if getattr(way, name)] or [direct]
             assert {step.op for step in steps} == {op}
             for row in engine.choices():
                 assert ("dense" in row.kernel) == (way.dense or layout == "dense")
-                assert ("4x1" in row.kernel, "4x4" in row.kernel.replace("bsr4x4", "")) == (
-                    way.columns, way.tiles,
-                )  # fmt: skip
+                named = [name for name in ops if f"winograd_{name}" in row.kernel]
+                assert named == [name for name in ops if getattr(way, name)]
             if layout != "dense":  # the zeros of a sparse weight are stored where it is dense
                 channels, taps = (13, 21), (way.columns and 3) or (way.tiles and 1) or 9
                 whole = [step.packed.columns * len(step.packed.channels) for step in steps]
@@ -327,7 +336,7 @@ def test_a_partly_filled_file_is_completed(folder):
     (name,) = (node.name for node in model.graph.nodes)
     key, times = layer_key(*first(model)), {DIRECT: 2.0, COLUMNS: 3.0, TILES: 1.0}
     memory = Memory(TARGET)
-    memory.write({"foreign": {"direct": 4.0}, key: {"direct": 2.0, "winograd 4x4": 1.0}})
+    memory.write({"foreign": {"direct": 4.0}, key: {"direct": 2.0, "winograd tiles": 1.0}})
     assert Algorithms(model, TARGET, allow_winograd=False).choices == {}, "there is one way"
     found = Algorithms(model, TARGET)
     assert found.open == {name: list(times)}

@@ -25,7 +25,7 @@ from test_runtime_winograd import LAYOUTS, UNIT, Case, case_of
 
 from blocksparse.runtime import algorithms, bands, winograd
 from blocksparse.runtime.kernels import records
-from blocksparse.runtime.kernels.winograd_matrices import INPUT, OUTPUT, WEIGHT
+from blocksparse.runtime.kernels.winograd_matrices import FILTERINGS
 from blocksparse.runtime.steps import kernel_size, lower
 
 
@@ -47,8 +47,7 @@ def tiled(model, lanes=None):
         {
             node.name: algorithms.Algorithm.TILES
             for node in model.graph.nodes
-            if node.op == "conv2d"
-            and winograd.applies_both(node, kernel_size(model, node), engine.target)
+            if node.op == "conv2d" and winograd.fits_tiles(node, kernel_size(model, node))
         },
     )
     assert any(step.op == records.TILES_CONV for step in engine.steps.steps)
@@ -121,7 +120,8 @@ def test_a_row_longer_than_its_tiles_ends_in_zeros(lanes, width):
 
 def magnitudes(case, x, weights):
     """Sum the absolute terms of each output, |A| (|G| |w| |G'| * |B| |x| |B'|) |A'|."""
-    a, b, g = (np.abs(matrix) for matrix in (OUTPUT, INPUT, WEIGHT))
+    f = FILTERINGS[3]
+    a, b, g = (np.abs(matrix) for matrix in (f.output, f.input, f.weight))
     size = [x.shape[2 + i] + 2 * case.padding[i] - 2 for i in range(2)]
     tiles = [-(-length // 4) for length in size]
     pads = [
@@ -143,12 +143,12 @@ def magnitudes(case, x, weights):
 def error_bound(case, x, weights, bias):
     """Bound the rounding error of every output.
 
-    A term is rounded at most once in its weight's plane, 4 times in each pass over its input (a row
-    of B has 4 entries), once at every addition of a product, 4 times in each pass of the output
-    transform (a row of A has 5 entries, the first of them a power of two), once for bias and once
+    A term is rounded at most once in its weight's plane, 3 times in each pass over its input (of a
+    row of B 2 entries of either parity, then both), once at every addition of a product, 4 times in
+    each pass of the output transform (planes in 2 pairs, and 2 others), once for bias and once
     for the residual; a bias then sees the last two.
     """
-    roundings = 1 + 2 * 4 + case.channels + 2 * 4 + 2
+    roundings = 1 + 2 * 3 + case.channels + 2 * 4 + 2
     error = 0
     for i in range(2 if case.residual else 1):
         terms = magnitudes(case, x, weights[i]) + np.abs(bias)[:, None, None]

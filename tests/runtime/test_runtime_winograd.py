@@ -1,8 +1,8 @@
-"""Whole convolutions through Winograd's F(4, 3) against the definition, forced on everywhere.
+"""Whole convolutions down Winograd's columns against the definition, forced on everywhere.
 
-They are tested twice. With small integers, and weights that are multiples of 18, planes are exact,
-and results are multiples of 18 plus integers: a wrong tap, mask or row is far outside the rounding
-errors. With reals they must stay within a bound derived from the number of roundings.
+They are tested twice. With small integers, and weights that are multiples of `STEP`, planes are
+exact, and results are such multiples plus integers: a wrong tap, mask or row is far outside the
+rounding errors. With reals they must stay within a bound derived from the number of roundings.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ from test_runtime_program import Helpers
 from blocksparse.format import BsrWeight, DenseWeight
 from blocksparse.runtime import algorithms, bands, products, winograd
 from blocksparse.runtime.kernels import records
-from blocksparse.runtime.kernels.winograd_matrices import INPUT, OUTPUT, WEIGHT
+from blocksparse.runtime.kernels.winograd_matrices import FILTERINGS
 
 UNIT = 2.0**-24
 """Unit roundoff of float32."""
+
+STEP = {3: 18, 5: 90, 7: 90}
+"""What weights of so many taps have to be multiples of for planes without rounding."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,11 +50,12 @@ def _always():
 
 @dataclass(frozen=True)
 class Case:
-    """A convolution of kernel height 3, if asked for with a second one as its residual."""
+    """A convolution of so many rows and columns of taps, perhaps with one more as its residual."""
 
     image: tuple[int, int]
     channels: int = 3
     outputs: int = 5
+    rows: int = 3
     taps: int = 3
     padding: tuple[int, int] = (1, 1)
     dilation: int = 1
@@ -61,12 +65,12 @@ class Case:
     batch: int = 1
 
     def weights(self, values):
-        """Two weights (K, C, 3, S), zero where the layout has no blocks."""
-        dense = values(2, self.outputs, self.channels, 3, self.taps).astype(np.float32)
+        """Two weights (K, C, R, S), zero where the layout has no blocks."""
+        dense = values(2, self.outputs, self.channels, self.rows, self.taps).astype(np.float32)
         if self.layout == "dense":
             return dense
         block, density, shared = self.layout
-        shape = (self.outputs, self.channels, *((1, 1) if shared else (3, self.taps)))
+        shape = (self.outputs, self.channels, *((1, 1) if shared else (self.rows, self.taps)))
         masks = [block_zeros(np.ones(shape, np.float32), block, density, seed) for seed in (0, 1)]
         return np.stack([d * (m != 0) for d, m in zip(dense, masks, strict=True)])
 
@@ -74,7 +78,8 @@ class Case:
         """The convolution, with a second one of the same geometry for a residual."""
         b = Builder((self.channels, *self.image))
         options = {
-            "kernel": (3, self.taps), "padding": self.padding, "dilation": (1, self.dilation),
+            "kernel": (self.rows, self.taps), "padding": self.padding,
+            "dilation": (1, self.dilation),
         }  # fmt: skip
         side = None
         for i in range(2 if self.residual else 1):
@@ -106,12 +111,13 @@ class Case:
 
 
 def correlate(x, weight, padding, dilation):
-    """Convolve x (N, C, H, W) with weight (K, C, 3, S) in float64; NaN stays where it reaches."""
+    """Convolve x (N, C, H, W) with weight (K, C, R, S) in float64; NaN stays where it reaches."""
     top, left = padding
     x = np.pad(x.astype(float), ((0, 0), (0, 0), (top, top), (left, left)))
-    height, width = x.shape[2] - 2, x.shape[3] - dilation * (weight.shape[3] - 1)
+    rows, taps = weight.shape[2:]
+    height, width = x.shape[2] - rows + 1, x.shape[3] - dilation * (taps - 1)
     out = np.zeros((len(x), len(weight), height, width))
-    for r, s in np.ndindex(3, weight.shape[3]):
+    for r, s in np.ndindex(rows, taps):
         near = x[:, :, r : r + height, s * dilation : s * dilation + width]
         out += np.einsum("kc,nchw->nkhw", weight[:, :, r, s].astype(float), near)
     return out
@@ -123,13 +129,13 @@ def test_the_fast_definition_is_the_definition():
     np.testing.assert_allclose(correlate(x, w, (1, 2), 2), expected, rtol=0, atol=1e-12)
 
 
-def case_of(image, taps, padding, dilation, **options):
+def case_of(image, taps, padding, dilation=1, rows=3, **options):
     """Grow the image to the least that has an output."""
-    least = (3, dilation * (taps - 1) + 1)
+    least = (rows, dilation * (taps - 1) + 1)
     image = tuple(
         max(size, span - 2 * pad) for size, span, pad in zip(image, least, padding, strict=True)
     )
-    return Case(image, taps=taps, padding=padding, dilation=dilation, **options)
+    return Case(image, rows=rows, taps=taps, padding=padding, dilation=dilation, **options)
 
 
 LAYOUTS = ["dense", ((8, 8), 0.5, True), ((8, 8), 0.3, False), ((4, 2), 0.4, False),
@@ -137,8 +143,9 @@ LAYOUTS = ["dense", ((8, 8), 0.5, True), ((8, 8), 0.3, False), ((4, 2), 0.4, Fal
 
 CASES = {
     "image": st.tuples(st.integers(1, 13), st.integers(1, 40)),
+    "rows": st.sampled_from([3, 3, 5, 7]),
     "taps": st.integers(1, 3),
-    "padding": st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    "padding": st.tuples(st.integers(0, 3), st.integers(0, 2)),
     "dilation": st.integers(1, 3),
     "batch": st.integers(1, 4),
     "channels": st.sampled_from([1, 3, 8, 13]),
@@ -149,20 +156,23 @@ CASES = {
 }
 
 
-def integer_weights(rng):
-    return lambda *shape: 18 * rng.integers(-2, 3, shape)
+def integers_of(case, rng):
+    """Weights, bias and images with which all planes are exact."""
+    step = STEP[max(case.rows, case.taps)]
+    most = 2 if step == 18 else 1
+    weights = case.weights(lambda *shape: step * rng.integers(-most, most + 1, shape))
+    bias = rng.integers(-99, 100, case.outputs).astype(np.float32)
+    x = rng.integers(-4, 5, (case.batch, case.channels, *case.image)).astype(np.float32)
+    if case.activation == "relu6":  # leave something between the bounds
+        return weights / 64, bias / 64, x / 8
+    return weights, bias, x
 
 
 @pytest.mark.parametrize("lanes", LANES)
 @settings(max_examples=50)
 @given(case=st.builds(case_of, **CASES), seed=st.integers(0, 9), threads=st.integers(1, 3))
 def test_integers_come_out_right(lanes, case, seed, threads):
-    rng = np.random.default_rng(seed)
-    weights = case.weights(integer_weights(rng))
-    bias = rng.integers(-99, 100, case.outputs).astype(np.float32)
-    x = rng.integers(-4, 5, (case.batch, case.channels, *case.image)).astype(np.float32)
-    if case.activation == "relu6":  # leave something between the bounds
-        weights, bias, x = weights / 64, bias / 64, x / 8
+    weights, bias, x = integers_of(case, np.random.default_rng(seed))
     engine = case.engine(weights, bias, lanes)
     got, plan, memory = run_over(engine, x, SENTINEL, threads)
     # rounding errors are below 0.1; scaled by 512 for relu6, and clamped, far below 1e-3
@@ -174,13 +184,14 @@ def test_integers_come_out_right(lanes, case, seed, threads):
 
 def magnitudes(case, x, weights):
     """Sum the absolute terms of Winograd's way, |A| ((|G| |w|) * (|B| |x|)), per output."""
-    a, b, g = (np.abs(matrix) for matrix in (OUTPUT, INPUT, WEIGHT))
+    f = FILTERINGS[case.rows]
+    a, b, g = (np.abs(matrix) for matrix in (f.output, f.input, f.weight))
     top, left = case.padding
-    height = x.shape[2] + 2 * top - 2
-    tiles = -(-height // 4)
-    bottom = 4 * tiles + 2 - x.shape[2] - top
+    height = x.shape[2] + 2 * top - f.taps + 1
+    end = -(-height // f.outputs) * f.outputs
+    bottom = end + f.taps - 1 - x.shape[2] - top
     x = np.pad(np.abs(x).astype(float), ((0, 0), (0, 0), (top, bottom), (left, left)))
-    rows = np.stack([x[:, :, i : i + 4 * tiles : 4] for i in range(6)])
+    rows = np.stack([x[:, :, i : i + end : f.outputs] for i in range(f.planes)])
     planes = np.einsum("pi,inctw->pnctw", b, rows)
     taps = np.einsum("pr,kcrs->pkcs", g, np.abs(weights).astype(float))
     width = x.shape[3] - case.dilation * (case.taps - 1)
@@ -195,10 +206,10 @@ def magnitudes(case, x, weights):
 def error_bound(case, x, weights, bias):
     """Bound the rounding error of every output.
 
-    A term is rounded at most once in its weight's plane, 4 times in its input's (a row of B has 4
-    entries), once at every addition of a product, 5 times in the output transform (a row of A has 5
-    entries, one of which may be a product of its own), once for bias and once for the residual; a
-    bias then sees the last two.
+    A term is rounded at most once in its weight's plane, 4 times in its input's (of a row of B up
+    to 3 entries of either parity, then both), once at every addition of a product, 5 times in the
+    output transform (planes in pairs, of which there are up to 3, and 2 others), once for bias and
+    once for the residual; a bias then sees the last two.
     """
     count = 2 if case.residual else 1
     roundings = 1 + 4 + case.channels * case.taps + 5 + 2

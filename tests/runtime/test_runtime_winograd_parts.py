@@ -1,4 +1,4 @@
-"""The parts of Winograd's F(4, 3), each against its definition: matrices, weights, kernels."""
+"""The parts of Winograd's F(m, r), each against its definition: matrices, weights, kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from blocksparse.format import BsrWeight, DenseWeight
 from blocksparse.runtime import winograd
 from blocksparse.runtime.kernels.kernel import Kernel
 from blocksparse.runtime.kernels.target import Target
-from blocksparse.runtime.kernels.winograd_matrices import INPUT, OUTPUT, WEIGHT
+from blocksparse.runtime.kernels.winograd_matrices import FILTERINGS
 from blocksparse.runtime.layout import round_up
 from blocksparse.runtime.prepack import pack
 
@@ -32,24 +32,36 @@ def apply(matrix, values):
     return [sum(m * v for m, v in zip(row, values, strict=True)) for row in matrix]
 
 
-def test_matrices_give_the_correlation_exactly():
+@pytest.mark.parametrize("taps", FILTERINGS)
+def test_matrices_give_the_correlation_exactly(taps):
     """Both sides are linear in weight and input, so unit vectors stand for all."""
-    a, b, g = exact(OUTPUT), exact(INPUT), exact(WEIGHT)
-    for tap in range(3):
-        for pixel in range(6):
-            w = [Fraction(i == tap) for i in range(3)]
-            x = [Fraction(i == pixel) for i in range(6)]
+    f = FILTERINGS[taps]
+    assert (f.taps, f.planes) == (taps, taps + f.outputs - 1)
+    a, b, g = exact(f.output), exact(f.input), exact(f.weight)
+    for tap in range(taps):
+        for pixel in range(f.planes):
+            w = [Fraction(i == tap) for i in range(taps)]
+            x = [Fraction(i == pixel) for i in range(f.planes)]
             planes = [u * v for u, v in zip(apply(g, w), apply(b, x), strict=True)]
-            assert apply(a, planes) == [sum(w[r] * x[y + r] for r in range(3)) for y in range(4)]
+            expected = [sum(w[r] * x[y + r] for r in range(taps)) for y in range(f.outputs)]
+            assert apply(a, planes) == expected
 
 
-def test_matrices_are_those_of_toom_and_cook():
-    identity = [[Fraction(i == j) for j in range(6)] for i in range(6)]
+@pytest.mark.parametrize("taps", FILTERINGS)
+def test_matrices_are_those_of_toom_and_cook(taps):
+    f = FILTERINGS[taps]
+    identity = [[Fraction(i == j) for j in range(f.planes)] for i in range(f.planes)]
     rows = [np.array(row, object) for row in identity]
-    assert np.array(naive.winograd_input(rows)).tolist() == exact(INPUT)
-    assert np.array(naive.winograd_output(rows)).tolist() == exact(OUTPUT)
-    taps = [np.array(row[:3], object) for row in identity[:3]]
-    assert exact(np.array(naive.winograd_weight(taps))) == exact(WEIGHT)
+    assert np.array(naive.winograd_input(rows)).tolist() == exact(f.input)
+    assert np.array(naive.winograd_output(rows, f.outputs)).tolist() == exact(f.output)
+    columns = [np.array(row[:taps], object) for row in identity[:taps]]
+    assert exact(np.array(naive.winograd_weight(columns))) == exact(f.weight)
+
+
+@pytest.mark.parametrize("taps", FILTERINGS)
+def test_what_the_kernels_hold_is_exact_in_float32(taps):
+    for matrix in (FILTERINGS[taps].input, FILTERINGS[taps].output):
+        assert np.array(matrix, np.float32).tolist() == matrix
 
 
 def planes_of(packed, shape, count=6):
@@ -78,44 +90,50 @@ def planes_of(packed, shape, count=6):
 @given(
     lanes=st.sampled_from(LANES),
     shape=st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 4)),
+    taps=st.sampled_from(list(FILTERINGS)),
+    along=st.booleans(),
     layout=st.sampled_from(["dense", "shared", "per position"]),
     block=st.tuples(st.integers(1, 17), st.integers(1, 17)),
     density=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
     seed=st.integers(0, 3),
 )
-def test_planes_are_the_transformed_taps(lanes, shape, layout, block, density, seed):
+def test_planes_are_the_transformed_taps(lanes, shape, taps, along, layout, block, density, seed):
+    """Down the columns, where kernel columns are left, or along rows of height 1."""
     k, channels, width = shape
-    dense = randoms(k, channels, 3, width, seed=seed)
+    kernel = (1, taps) if along else (taps, width)
+    dense = randoms(k, channels, *kernel, seed=seed)
     if layout == "dense":
         weight = DenseWeight.from_dense(dense)
     else:
-        mask = np.ones((k, channels, *((3, width) if layout == "per position" else (1, 1))))
+        mask = np.ones((k, channels, *(kernel if layout == "per position" else (1, 1))))
         dense = dense * (block_zeros(mask.astype(np.float32), block, density, seed) != 0)
         weight = BsrWeight.from_dense(dense, block)
     target = Target("x86_64-unknown-linux-gnu", "generic", "", lanes, 8 if lanes > 8 else 4, 3, 8)
     packed = pack(weight, 1, target)
-    planes = winograd.transform(packed, width)
+    planes = (winograd.rows if along else winograd.columns)(packed, kernel)
     assert (planes.rows, planes.columns, planes.group) == (packed.rows, packed.columns, 0)
     assert planes.channels.dtype == planes.positions.dtype == np.int32
-    got = planes_of(planes, weight.shape)
-    expected = np.stack(naive.winograd_weight([dense[:, :, r].astype(float) for r in range(3)]))
+    left = 1 if along else width  # kernel columns
+    got = planes_of(planes, (k, channels, 1, left), FILTERINGS[taps].planes)
+    by_tap = dense.transpose(3, 0, 1, 2) if along else dense.transpose(2, 0, 1, 3)
+    expected = np.stack(naive.winograd_weight(list(by_tap.astype(float))))
     # the sum is taken in float64; rounding it once more can move it by one unit in the last place
     np.testing.assert_allclose(got, expected, rtol=2 * UNIT, atol=1e-14)
     for before, after in zip(packed.tiles, planes.tiles, strict=True):
         assert (before.first, before.rows) == (after.first, after.rows)
         stored, kept = before.steps.stop - before.steps.start, after.steps.stop - after.steps.start
         kinds = {
-            (packed.channels[s], packed.positions[s] % width)
+            (packed.channels[s], packed.positions[s] % left)
             for s in range(before.steps.start, before.steps.stop)
         }
         assert kept == len(kinds)
         if layout != "per position":
-            assert 3 * kept == stored
+            assert taps * kept == stored
 
 
 def test_tiles_of_a_dense_weight_share_their_steps():
     weight = DenseWeight.from_dense(randoms(40, 6, 3, 3))
-    planes = winograd.transform(pack(weight, 1, Target("x86_64", "", "", 16, 8, 3, 8)), 3)
+    planes = winograd.columns(pack(weight, 1, Target("x86_64", "", "", 16, 8, 3, 8)), (3, 3))
     assert len(planes.tiles) == 5
     assert len({(tile.steps.start, tile.steps.stop) for tile in planes.tiles}) == 1
     assert len(planes.channels) == 3
@@ -128,53 +146,71 @@ def test_fewer_products_pay_and_transforms_cost():
             DenseWeight.from_dense(randoms(channels, channels, 3, 3)),
             1, Target("x86_64", "", "", 16, 8, 3, 8),
         )  # fmt: skip
-        rule = winograd.pays(packed, 3, channels, winograd.Geometry(28, 30), 16)
+        rule = winograd.pays(packed, channels, winograd.Geometry((3, 3), 28, 30), 16)
         assert rule is expected
 
 
 @pytest.mark.parametrize(
-    ("kernel", "changes", "expected"),
+    ("kernel", "changes", "columns", "rows"),
     [
-        ((3, 3), {}, True),
-        ((3, 1), {}, True),
-        ((3, 3), {"dilation": (1, 2)}, True),
-        ((3, 3), {"padding": (5, 16)}, True),
-        ((3, 3), {"padding": (1, 17)}, False),
-        ((3, 3), {"dilation": (2, 1)}, False),
-        ((3, 3), {"stride": (1, 2)}, False),
-        ((3, 3), {"stride": (2, 1)}, False),
-        ((3, 3), {"groups": 2}, False),
-        ((1, 3), {}, False),
-        ((2, 3), {}, False),
-        ((5, 5), {}, False),
+        ((3, 3), {}, True, False),
+        ((3, 1), {}, True, False),
+        ((5, 5), {}, True, False),
+        ((7, 2), {}, True, False),
+        ((1, 3), {}, False, True),
+        ((1, 5), {}, False, True),
+        ((1, 7), {}, False, True),
+        ((2, 3), {}, False, False),
+        ((1, 9), {}, False, False),
+        ((1, 1), {}, False, False),
+        ((3, 3), {"dilation": (1, 2)}, True, False),
+        ((3, 3), {"dilation": (2, 1)}, False, False),
+        ((1, 3), {"dilation": (2, 1)}, False, True),
+        ((1, 3), {"dilation": (1, 2)}, False, False),
+        ((3, 3), {"stride": (1, 2)}, False, False),
+        ((3, 3), {"stride": (2, 1)}, False, False),
+        ((1, 3), {"stride": (2, 1)}, False, False),
+        ((3, 3), {"groups": 2}, False, False),
+        ((1, 7), {"groups": 2}, False, False),
     ],
 )
-def test_what_can_run_this_way(kernel, changes, expected):
+def test_what_can_run_this_way(kernel, changes, columns, rows):
     attrs = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, **changes}
     b = Builder((4, 40, 40))
     b.conv("x", 4, kernel=kernel, **attrs)
+    node = b.model().graph.nodes[0]
+    assert winograd.fits_columns(node, kernel) is columns
+    assert winograd.fits_rows(node, kernel) is rows
+
+
+@pytest.mark.parametrize(("left", "expected"), [(16, True), (17, False)])
+def test_a_vector_has_to_hold_the_left_padding(left, expected):
+    b = Builder((4, 40, 40))
+    b.conv("x", 4, kernel=(3, 3), padding=(1, left))
     target = Target("x86_64-unknown-linux-gnu", "generic", "", 16, 8, 3, 8)
-    assert winograd.applies(b.model().graph.nodes[0], kernel, target) is expected
+    assert winograd.holds_padding(b.model().graph.nodes[0], target) is expected
 
 
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("height", [1, 3, 9])
-def test_winograd_input(lanes, count, height):
+@pytest.mark.parametrize("taps", FILTERINGS)
+def test_winograd_input(taps, lanes, count, height):
     """Two channels; rows above and below the image are zero, and so is the lead if asked for."""
     rng = np.random.default_rng(count)
     length = count * lanes
     x = rng.integers(-99, 100, (2, height, length + 3)).astype(np.float32)
     zeros = np.zeros(length, np.float32)
+    planes = FILTERINGS[taps].planes
     for top in (-7, -2, -1, 0, height - 5, height - 1, height):
         for first in (0, 1):
-            y = np.full((2, 6, lanes + length + 5), SENTINEL)
+            y = np.full((2, planes, lanes + length + 5), SENTINEL)
             call(
-                Kernel("winograd_input"), lanes, x, x.strides[1], x.strides[0], top, height, zeros,
-                y[0, 0, lanes:], y.strides[1], y.strides[0], first, 2, count,
+                Kernel("winograd_input", width=taps), lanes, x, x.strides[1], x.strides[0], top,
+                height, zeros, y[0, 0, lanes:], y.strides[1], y.strides[0], first, 2, count,
             )  # fmt: skip
             for channel in range(2):
-                places = range(top, top + 6)
+                places = range(top, top + planes)
                 rows = [x[channel, i, :length] if 0 <= i < height else zeros for i in places]
                 expected = np.stack(naive.winograd_input(rows))
                 np.testing.assert_array_equal(y[channel, :, lanes:-5], expected)
@@ -186,28 +222,30 @@ def test_winograd_input(lanes, count, height):
 @pytest.mark.parametrize("row", [1, 4, 7, 16, 17])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 @pytest.mark.parametrize("bounds", [(-np.inf, np.inf), (0, 6)])
-def test_winograd_output(lanes, row, rows, bounds):
+@pytest.mark.parametrize("taps", FILTERINGS)
+def test_winograd_output(taps, lanes, row, rows, bounds):
     """Rows that exist and no more; the columns of a row that are padding become zero."""
     rng = np.random.default_rng([lanes, row, rows])
     reach = round_up(row, lanes)
-    width = row - row // 4
-    x = rng.integers(-9, 10, (6, 2, reach)).astype(np.float32)  # planes, channels
+    width, f = row - row // 4, FILTERINGS[taps]
+    rows = min(rows, f.outputs)
+    x = rng.integers(-9, 10, (f.planes, 2, reach)).astype(np.float32)  # planes, channels
     bias = np.array([5, -3], np.float32)
     beside = rng.integers(-9, 10, (2, 4, reach + 3)).astype(np.float32)
     place = np.arange(reach)
     for residual in (0, beside):
         y = np.full((2, 4, reach + 7), SENTINEL)
         call(
-            Kernel("winograd_output"), lanes, x, x.strides[0], x.strides[1], y, y.strides[1],
-            y.strides[0], residual, beside.strides[1], beside.strides[0], bias,
+            Kernel("winograd_output", width=taps), lanes, x, x.strides[0], x.strides[1], y,
+            y.strides[1], y.strides[0], residual, beside.strides[1], beside.strides[0], bias,
             bits(place < width, lanes), bits(place < row, lanes), rows,
             np.array(bounds, np.float32), 2, reach // lanes,
         )  # fmt: skip
         for channel in range(2):
-            expected = np.stack(naive.winograd_output(list(x[:, channel])))[:, :width]
+            expected = np.stack(naive.winograd_output(list(x[:, channel]), f.outputs))[:, :width]
             expected = expected + bias[channel]
             if residual is beside:
-                expected = expected + beside[channel, :, :width]
+                expected = expected + beside[channel, : f.outputs, :width]
             got = y[channel, :rows, :width]
             np.testing.assert_array_equal(got, np.clip(expected, *bounds)[:rows])
         assert (y[:, :rows, width:row] == 0).all()

@@ -12,17 +12,18 @@ class Kernel:
     Parameters
     ----------
     op : {"sparse_conv", "sparse_product", "nm_conv", "sparse_linear", "nm_linear", \
-          "winograd_input", "winograd_output", "tile_input", "tile_output", \
+          "winograd_input", "winograd_output", "line_input", "line_output", \
+          "tile_input", "tile_output", \
           "copy_phases", "pool_max", "pool_avg"}
         Which product, transform or move.
     rows : int
         Output channels in the tile; for a pool the height of its window.
     columns : int
         Input channels of a block; for N:M the nonzeros kept of each group (n); for a pool the width
-        of its window.
+        of its window; for tiles the tile rows of a unit.
     width : int
         Vectors of pixels, or images for the linear products; for a pool its column stride; for
-        tiles the tile rows of a unit.
+        Winograd's transforms the taps.
     group : int
         For N:M the group length m, else 0.
     """
@@ -37,10 +38,12 @@ class Kernel:
     def name(self) -> str:
         """The symbol: dtype, pattern, op, tile."""
         pattern, op = self.op.split("_")
-        if pattern in ("winograd", "copy"):
+        if pattern == "copy":
             return f"f32_{self.op}"
+        if pattern in ("winograd", "line"):
+            return f"f32_{self.op}_r{self.width}"
         if pattern == "tile":
-            return f"f32_{self.op}_g{self.width}"
+            return f"f32_{self.op}_g{self.columns}"
         if pattern == "pool":
             return f"f32_{self.op}_{self.rows}x{self.columns}s{self.width}"
         if pattern == "nm":

@@ -33,6 +33,7 @@ ITEMS = {
     r.POOL: "pooling.pool_item",
     r.WINOGRAD: "winograd.winograd_item",
     r.TILES_CONV: "winograd_tiles.tiles_item",
+    r.LINES_CONV: "winograd_lines.lines_item",
     r.CONV: "convolution.conv_item",
     r.CONV_NM: "convolution.conv_item",
     r.ELEMENTWISE: "elementwise.elementwise_item",

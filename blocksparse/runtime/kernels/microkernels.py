@@ -10,9 +10,9 @@ is broadcast against it, and a zero weight skips the multiplication altogether.
   and kernel position in the padded planar input.
 - ``nm_conv``: one output channel by many vectors of pixels, over N:M groups whose indices stay
   packed bits.
-- ``sparse_product``: tiles without bias, clamp and padding, between ``winograd_input`` and
-  ``winograd_output``; from tile to tile it moves along the pixels of a plane, or from plane to
-  plane.
+- ``sparse_product``: tiles without bias, clamp and padding, between Winograd's input and output
+  transforms (``winograd_`` down the columns, ``line_`` along the rows, ``tile_`` both); from tile
+  to tile it moves along the pixels of a plane, or from plane to plane.
 - ``sparse_linear`` and ``nm_linear``: a linear layer has one pixel an image, so vectors run over
   output features instead; packed N:M has one output feature at a time and is a scalar product.
 
@@ -29,6 +29,7 @@ from llvmlite import ir
 
 from .feature import NMLinear, SparseLinear
 from .kernel import Kernel
+from .lines import LineInput, LineOutput
 from .pixel import NMConv, SparseConv, SparseProduct
 from .planes import PhaseCopy, Pool
 from .target import Target
@@ -44,6 +45,8 @@ _WRITERS: dict[str, type[Writer]] = {
     "nm_linear": NMLinear,
     "winograd_input": WinogradInput,
     "winograd_output": WinogradOutput,
+    "line_input": LineInput,
+    "line_output": LineOutput,
     "tile_input": TileInput,
     "tile_output": TileOutput,
     "copy_phases": PhaseCopy,

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 # What runs
 LOAD, STORE, COPY, CONV, CONV_NM, LINEAR, LINEAR_NM, POOL, ADAPTIVE_POOL, ELEMENTWISE = range(10)
-WINOGRAD, TILES_CONV = 10, 11  # Winograd down the columns, and in both directions
+# Winograd down the columns, in both directions, and along the rows
+WINOGRAD, TILES_CONV, LINES_CONV = 10, 11, 12
 
 # Columns shared by all steps
 OP, ITEMS = 0, 1
@@ -81,8 +82,12 @@ PAD_TOP = 22
 PLANE, PLANE_CHANNEL = 23, 24  # from one plane of transformed input, and its channels, to the next
 SUMS_PLANE, SUMS_ROW = 25, 26  # the same for the products of one row tile
 STEP_BYTES = 27  # weights of one kernel step
-# for tiles in both directions: tile rows are units, and
-GROUPS, UNITS_ROW, PAD_LEFT = 28, 29, 30  # tile rows of a unit, units along a row
+LEAD = 30  # floats of a line before the band's first row, zeros, if any
+OUTPUTS, PLANES_ALL = 28, 29  # rows of outputs of a tile row, or pixels of a tile; and planes
+# along the rows: tile rows are units, one vector of tiles, and
+PAD_LEFT = 30  # floats from the first input of the first output to the place of that output
+# for tiles in both directions: tile rows are units, and OUTPUTS and PLANES_ALL do not count, but
+GROUPS, UNITS_ROW = 28, 29  # tile rows of a unit, units along a row
 TOGETHER = 32  # row tiles that go through the planes together
 
 HEADER = 64

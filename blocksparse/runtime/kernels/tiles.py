@@ -6,57 +6,23 @@ its lanes are used. Pixels come and go as whole vectors along rows: four of them
 the four columns of the tiles.
 """
 
-# L lanes; G tile rows of a unit (kernel.width), each L / G tiles wide
+# L lanes; G tile rows of a unit (kernel.columns), each L / G tiles wide
 
 from __future__ import annotations
 
 from llvmlite import ir
 
 from .transforms import Transform
-from .winograd_matrices import INPUT, OUTPUT, OUTPUTS, PLANES
-from .writer import F32, FLOAT_BYTES, I32, I64
+from .winograd_matrices import OUTPUTS, PLANES
+from .writer import F32, FLOAT_BYTES, I64
 
 
 class _Tiles(Transform):
     @property
     def chunks(self) -> list[tuple[int, int]]:
         """Tile row and first pixel of each of the four vectors along a row of tiles."""
-        per_row = OUTPUTS // self.kernel.width
+        per_row = OUTPUTS // self.kernel.columns
         return [(i // per_row, i % per_row * self.lanes) for i in range(OUTPUTS)]
-
-    def shuffle(self, a: ir.Value, b: ir.Value, places: list[int]) -> ir.Value:
-        """Gather lanes of two vectors."""
-        mask = ir.Constant(ir.VectorType(I32, len(places)), [I32(place) for place in places])
-        return self.builder.shuffle_vector(a, b, mask)
-
-    def apart(self, vectors: list[ir.Value]) -> list[ir.Value]:
-        """Four vectors of pixels to the four columns of the tiles."""
-        lanes, half = self.lanes, self.lanes // 2
-        columns = []
-        for first in (0, 2):
-            places = [OUTPUTS * i + c for c in (first, first + 1) for i in range(half)]
-            low = self.shuffle(vectors[0], vectors[1], places)
-            high = self.shuffle(vectors[2], vectors[3], places)
-            for c in (0, half):
-                take = [*range(c, c + half), *range(lanes + c, lanes + c + half)]
-                columns.append(self.shuffle(low, high, take))
-        return columns
-
-    def together(self, columns: list[ir.Value]) -> list[ir.Value]:
-        """Four columns of tiles to four vectors of pixels."""
-        lanes, half = self.lanes, self.lanes // 2
-        vectors = []
-        for start in (0, half):
-            places = [j for i in range(start, start + half) for j in (i, lanes + i)]
-            pairs = [self.shuffle(columns[c], columns[c + 1], places) for c in (0, 2)]
-            for quarter in (0, half):
-                take = [
-                    place
-                    for i in range(quarter, quarter + half, 2)
-                    for place in (i, i + 1, lanes + i, lanes + i + 1)
-                ]
-                vectors.append(self.shuffle(pairs[0], pairs[1], take))
-        return vectors
 
 
 class TileInput(_Tiles):
@@ -77,7 +43,7 @@ class TileInput(_Tiles):
         zero = ir.Constant(self.vector, None)
         masks = [self.mask(self.step(arg["masks"], i * self.bit_bytes)) for i in range(2 * OUTPUTS)]
         starts, strides = [], []
-        for group in range(self.kernel.width):
+        for group in range(self.kernel.columns):
             for i in range(PLANES):
                 place = b.add(arg["top"], I64(group * OUTPUTS + i))
                 # negative places are large as unsigned
@@ -100,16 +66,10 @@ class TileInput(_Tiles):
                     found += self.apart(vectors)[: PLANES - shift]
                 columns.append(found)
             # down the columns, then along the rows
-            down = [
-                [
-                    self.combine(weights, [columns[i][j] for i in range(PLANES)])
-                    for j in range(PLANES)
-                ]
-                for weights in INPUT
-            ]
-            for row in down:
-                for weights in INPUT:
-                    self.store(self.combine(weights, row), y)
+            down = [self.into_planes(list(column)) for column in zip(*columns, strict=True)]
+            for row in zip(*down, strict=True):
+                for plane in self.into_planes(list(row)):
+                    self.store(plane, y)
                     y = b.add(y, arg["y_plane"])
             following = [b.add(row, stride) for row, stride in zip(rows, strides, strict=True)]
             return [b.add(state[0], arg["y_channel"]), *following]
@@ -143,15 +103,9 @@ class TileOutput(_Tiles):
             for _ in range(PLANES * PLANES):
                 planes.append(self.load(self.vector, at))
                 at = b.add(at, arg["x_plane"])
-            down = [
-                [
-                    self.combine(weights, [planes[i * PLANES + j] for i in range(PLANES)])
-                    for j in range(PLANES)
-                ]
-                for weights in OUTPUT
-            ]
-            for i, row in enumerate(down):
-                pixels = self.together([b.fadd(self.combine(w, row), bias) for w in OUTPUT])
+            down = [self.into_outputs(planes[j::PLANES]) for j in range(PLANES)]
+            for i, row in enumerate(zip(*down, strict=True)):
+                pixels = self.together([b.fadd(v, bias) for v in self.into_outputs(list(row))])
                 for q, (group, pixel) in enumerate(self.chunks):
                     place = I64(group * OUTPUTS + i)
                     with b.if_then(b.icmp_signed(">", arg["rows"], place)):

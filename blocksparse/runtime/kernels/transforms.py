@@ -1,21 +1,50 @@
-"""Winograd's transforms: six rows of pixels to six planes on the way in, six planes to four rows.
+"""Winograd's transforms down the columns: rows of pixels to planes, and planes to rows of outputs.
 
 One call covers one tile row of an image, all its columns, a vector at a time, and many channels.
 The matrices are constants of the code: a zero costs nothing, any other entry one FMA at most.
 """
 
-# T rows of a tile and planes (6), M output rows of a tile (4)
+# F(m, r), r = kernel.width: n = m + r - 1 rows of a tile and planes, m output rows of a tile
 
 from __future__ import annotations
 
 from llvmlite import ir
 
-from .winograd_matrices import INPUT, OUTPUT
-from .writer import F32, FLOAT_BYTES, I64, Writer
+from .winograd_matrices import FILTERINGS, Filtering
+from .writer import F32, FLOAT_BYTES, I32, I64, Writer
 
 
 class Transform(Writer):
-    """Sums weighted by the rows of a constant matrix."""
+    """Sums weighted by the rows of a constant matrix, and the order of pixels that they need."""
+
+    @property
+    def filtering(self) -> Filtering:
+        """The matrices."""
+        return FILTERINGS[self.kernel.width]
+
+    def into_planes(self, values: list[ir.Value]) -> list[ir.Value]:
+        """Multiply by B: n values to n planes.
+
+        The polynomials of opposite points, two rows of B, differ in the signs of the odd powers. So
+        both are made of the same two sums.
+        """
+        b, matrix = self.builder, self.filtering.input
+        planes = [self.combine(matrix[0], values)]
+        for row in matrix[1:-1:2]:
+            even, odd = (self.combine(row[i::2], values[i::2]) for i in (0, 1))
+            planes += [b.fadd(even, odd), b.fsub(even, odd)]
+        return [*planes, self.combine(matrix[-1], values)]
+
+    def into_outputs(self, planes: list[ir.Value]) -> list[ir.Value]:
+        """Multiply by A: n planes to m values. Rows weigh opposite points alike, but for signs."""
+        b = self.builder
+        zero, *finite, infinity = planes
+        pairs = list(zip(finite[::2], finite[1::2], strict=True))
+        by_parity = [b.fadd(x, y) for x, y in pairs], [b.fsub(x, y) for x, y in pairs]
+        return [
+            self.combine([row[0], *row[1:-1:2], row[-1]], [zero, *by_parity[power % 2], infinity])
+            for power, row in enumerate(self.filtering.output)
+        ]
 
     def combine(self, row: list[float], values: list[ir.Value]) -> ir.Value:
         """Return the sum of the values, weighted by a row of a matrix."""
@@ -36,6 +65,48 @@ class Transform(Writer):
     def _constant(self, weight: float) -> ir.Constant:
         return ir.Constant(self.vector, [ir.Constant(F32, weight)] * self.lanes)
 
+    def shuffle(self, a: ir.Value, b: ir.Value, places: list[int]) -> ir.Value:
+        """Gather lanes of two vectors."""
+        mask = ir.Constant(ir.VectorType(I32, len(places)), [I32(place) for place in places])
+        return self.builder.shuffle_vector(a, b, mask)
+
+    def apart(self, vectors: list[ir.Value]) -> list[ir.Value]:
+        """Two or four vectors of pixels to as many columns of tiles as wide."""
+        lanes, half = self.lanes, self.lanes // 2
+        if len(vectors) == 2:
+            a, b = vectors
+            return [self.shuffle(a, b, list(range(c, 2 * lanes, 2))) for c in (0, 1)]
+        columns = []
+        for first in (0, 2):
+            places = [4 * i + c for c in (first, first + 1) for i in range(half)]
+            low = self.shuffle(vectors[0], vectors[1], places)
+            high = self.shuffle(vectors[2], vectors[3], places)
+            for c in (0, half):
+                take = [*range(c, c + half), *range(lanes + c, lanes + c + half)]
+                columns.append(self.shuffle(low, high, take))
+        return columns
+
+    def together(self, columns: list[ir.Value]) -> list[ir.Value]:
+        """Two or four columns of tiles as wide to as many vectors of pixels."""
+        lanes, half = self.lanes, self.lanes // 2
+        vectors = []
+        for start in (0, half):
+            places = [j for i in range(start, start + half) for j in (i, lanes + i)]
+            pairs = [
+                self.shuffle(a, b, places) for a, b in zip(columns[::2], columns[1::2], strict=True)
+            ]
+            if len(pairs) == 1:
+                vectors += pairs
+                continue
+            for quarter in (0, half):
+                take = [
+                    place
+                    for i in range(quarter, quarter + half, 2)
+                    for place in (i, i + 1, lanes + i, lanes + i + 1)
+                ]
+                vectors.append(self.shuffle(pairs[0], pairs[1], take))
+        return vectors
+
 
 class WinogradInput(Transform):
     """Rows of all channels to the planes of one tile row.
@@ -54,7 +125,7 @@ class WinogradInput(Transform):
         b, arg = self.builder, self.arg
         size = self.lanes * FLOAT_BYTES
         starts, strides = [], []
-        for i in range(len(INPUT)):
+        for i in range(self.filtering.planes):
             place = b.add(arg["top"], I64(i))
             # negative places are large as unsigned
             valid = b.icmp_unsigned("<", place, arg["height"])
@@ -68,7 +139,7 @@ class WinogradInput(Transform):
             y, *rows = state
             with b.if_then(is_first):
                 lead = b.sub(y, I64(size))
-                for _ in INPUT:
+                for _ in range(self.filtering.planes):
                     self.store(zero, lead)
                     lead = b.add(lead, arg["y_plane"])
 
@@ -76,8 +147,8 @@ class WinogradInput(Transform):
                 (at,) = state
                 pixels = [self.load(self.vector, b.add(row, at)) for row in rows]
                 to = b.add(y, at)
-                for weights in INPUT:
-                    self.store(self.combine(weights, pixels), to)
+                for plane in self.into_planes(pixels):
+                    self.store(plane, to)
                     to = b.add(to, arg["y_plane"])
                 return [self.step(at, size)]
 
@@ -111,15 +182,15 @@ class WinogradOutput(Transform):
                 at, bits = state
                 x = b.add(x_start, at)
                 planes = []
-                for _ in INPUT:
+                for _ in range(self.filtering.planes):
                     planes.append(self.load(self.vector, x))
                     x = b.add(x, arg["x_plane"])
                 inside, within = (
                     self.mask(b.add(arg[name], bits)) for name in ("inside", "within")
                 )
                 y, beside = b.add(y_start, at), b.add(residual, at)
-                for i, row in enumerate(OUTPUT):
-                    value = b.fadd(self.combine(row, planes), bias)
+                for i, sums in enumerate(self.into_outputs(planes)):
+                    value = b.fadd(sums, bias)
                     with b.if_then(b.icmp_signed(">", arg["rows"], I64(i))):
                         start = b.block
                         with b.if_then(has_residual):

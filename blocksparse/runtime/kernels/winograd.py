@@ -1,9 +1,9 @@
-"""Convolutions of kernel height 3 through Winograd's F(4, 3) along image columns.
+"""Convolutions of kernel height 3, 5 or 7 through Winograd's F(m, r) along image columns.
 
-A tile row is four rows of outputs, computed from six rows of inputs. The input transform turns
-these into six planes; on each, the convolution is one of kernel height 1, with half the
-multiplications in all; the output transform adds the planes up to the four rows. Rows stay as they
-are, vectors run along them, so kernel width and padding need nothing new.
+A tile row is m rows of outputs, computed from n rows of inputs. The input transform turns these
+into n planes; on each, the convolution is one of kernel height 1; the output transform adds the
+planes up to the m rows. So of m * r multiplications n remain: 6 of 12, 8 of 20, 8 of 14. Rows stay
+as they are, vectors run along them, so kernel width and padding need nothing new.
 
 A work item is a band of tile rows and one part of the row tiles. The planes of a band are scratch
 memory of the thread and stay in its second-level cache; a thread that takes another part of the
@@ -19,7 +19,6 @@ from .convolution import tiles_of
 from .intrinsics import call, load_acquire, store
 from .loop import loop
 from .views import opened, view, zero_ends
-from .winograd_matrices import OUTPUTS, PLANES
 
 
 def winograd_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
@@ -33,28 +32,12 @@ def winograd_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: i
     if load_acquire(scratch_at) != tag:
         _planes(memory_at, step, first, last, scratch_at + r.HEADER)
         store(scratch_at, tag)
-    x = scratch_at + r.HEADER + 4 * step[r.LANES]  # before it, the zeros left of the first row
-    sums = scratch_at + r.HEADER + 4 * PLANES * step[r.PLANE]
+    x = scratch_at + r.HEADER + 4 * step[r.LEAD]
+    sums = scratch_at + r.HEADER + 4 * step[r.PLANES_ALL] * step[r.PLANE]
     vectors = -(-(last - first) * b.row // step[r.LANES])
     for tile in range(tables[step[r.PARTS] + part], tables[step[r.PARTS] + part + 1]):
         at = step[r.TILES] + tile * r.TILE_FIELDS
-        count = tables[at + r.TILE_COUNT]
-        for plane in range(PLANES):
-            values = tables[at + r.TILE_VALUES] + plane * count * step[r.STEP_BYTES]
-            v = 0
-            while v < vectors:
-                width, many = tiles_of(step, vectors - v)
-                shift, across = 4 * v * step[r.LANES], 4 * width * step[r.LANES]
-                call(
-                    step[r.KERNELS + width - 1],
-                    (
-                        x + 4 * plane * step[r.PLANE] + shift, values,
-                        tables[at + r.TILE_OFFSETS], count, 4 * step[r.PLANE_CHANNEL],
-                        sums + 4 * plane * step[r.SUMS_PLANE] + shift, 4 * step[r.SUMS_ROW],
-                        many, across, 0, across,
-                    ),
-                )  # fmt: skip
-                v += width * many
+        products(step, tables, at, x, vectors, sums)
         for t in range(first, last):
             _outputs(
                 memory, memory_at, step, t, tables[at + r.TILE_FIRST], tables[at + r.TILE_ROWS],
@@ -63,19 +46,42 @@ def winograd_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: i
 
 
 @loop
+def products(step: Any, tables: Any, at: int, x: int, vectors: int, sums: int) -> None:
+    """Multiply all planes of a band, so many vectors each, by the weights of one row tile."""
+    count = tables[at + r.TILE_COUNT]
+    for plane in range(step[r.PLANES_ALL]):
+        values = tables[at + r.TILE_VALUES] + plane * count * step[r.STEP_BYTES]
+        v = 0
+        while v < vectors:
+            width, many = tiles_of(step, vectors - v)
+            shift, across = 4 * v * step[r.LANES], 4 * width * step[r.LANES]
+            call(
+                step[r.KERNELS + width - 1],
+                (
+                    x + 4 * plane * step[r.PLANE] + shift, values, tables[at + r.TILE_OFFSETS],
+                    count, 4 * step[r.PLANE_CHANNEL],
+                    sums + 4 * plane * step[r.SUMS_PLANE] + shift, 4 * step[r.SUMS_ROW],
+                    many, across, 0, across,
+                ),
+            )  # fmt: skip
+            v += width * many
+
+
+@loop
 def _planes(memory_at: int, step: Any, first: int, last: int, planes: int) -> None:
     """Transform the input rows of a band."""
     a = view(step, r.SOURCE)
     lanes = step[r.LANES]
     for t in range(first, last):
-        n, top = t // step[r.TILE_ROWS_IMAGE], t % step[r.TILE_ROWS_IMAGE] * OUTPUTS
+        n, top = t // step[r.TILE_ROWS_IMAGE], t % step[r.TILE_ROWS_IMAGE] * step[r.OUTPUTS]
         call(
             step[r.INPUT_KERNEL],
             (
                 memory_at + 4 * (a.base + n * a.image), 4 * a.row, 4 * a.channel,
                 top - step[r.PAD_TOP], a.height, step[r.ZEROS],
-                planes + 4 * (lanes + (t - first) * a.row), 4 * step[r.PLANE],
-                4 * step[r.PLANE_CHANNEL], 1 if t == first else 0, a.channels, -(-a.row // lanes),
+                planes + 4 * (step[r.LEAD] + (t - first) * a.row), 4 * step[r.PLANE],
+                4 * step[r.PLANE_CHANNEL], 1 if t == first and step[r.LEAD] else 0,
+                a.channels, -(-a.row // lanes),
             ),
         )  # fmt: skip
 
@@ -86,8 +92,8 @@ def _outputs(
 ) -> None:
     """Transform the sums of one tile row and zero the padding around the rows."""
     b, other = view(step, r.TARGET), view(step, r.OTHER)
-    n, y = t // step[r.TILE_ROWS_IMAGE], t % step[r.TILE_ROWS_IMAGE] * OUTPUTS
-    rows = min(OUTPUTS, b.height - y)
+    n, y = t // step[r.TILE_ROWS_IMAGE], t % step[r.TILE_ROWS_IMAGE] * step[r.OUTPUTS]
+    rows = min(step[r.OUTPUTS], b.height - y)
     residual = 0
     if other.base >= 0:
         at = other.base + k * other.channel + n * other.image + y * other.row

@@ -1,0 +1,249 @@
+"""Whole convolutions along Winograd's rows against the definition, forced on everywhere.
+
+As in `test_runtime_winograd`: with small integers planes are exact and errors stand out, with reals
+they must stay within a bound derived from the number of roundings.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from bare import (
+    LANES,
+    SENTINEL,
+    assert_nothing_else_written,
+    assert_zeros_around,
+    engine_of,
+    run_over,
+    shuffled,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import Builder, randoms
+from test_runtime_program import Helpers
+from test_runtime_winograd import LAYOUTS, UNIT, Case, case_of, integers_of
+
+from blocksparse.runtime import algorithms, bands, winograd
+from blocksparse.runtime.kernels import records
+from blocksparse.runtime.kernels.winograd_matrices import FILTERINGS
+from blocksparse.runtime.steps import kernel_size, lower
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_bands():
+    """Bands of a few units, and no layer worth a measurement."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(algorithms, "MEASURED_FLOPS", np.inf)
+        patch.setattr(bands, "BAND_BYTES", 8 * 1024)
+        yield
+
+
+def along_rows(model, lanes=None):
+    """The compiled engine, along the rows wherever that can be."""
+    engine = engine_of(model, lanes)
+    engine._steps = lower(
+        model,
+        engine.target,
+        {
+            node.name: algorithms.Algorithm.ROWS
+            for node in model.graph.nodes
+            if node.op == "conv2d" and winograd.fits_rows(node, kernel_size(model, node))
+        },
+    )
+    assert any(step.op == records.LINES_CONV for step in engine.steps.steps)
+    return engine
+
+
+def lines_of(plan):
+    """Records of the convolutions along the rows."""
+    return plan.records[plan.records[:, records.OP] == records.LINES_CONV]
+
+
+CASES = {
+    "image": st.tuples(st.integers(1, 9), st.integers(1, 70)),
+    "rows": st.just(1),
+    "taps": st.sampled_from(list(FILTERINGS)),
+    "padding": st.tuples(st.integers(0, 1), st.integers(0, 4)),
+    "batch": st.integers(1, 4),
+    "channels": st.sampled_from([1, 3, 8, 13]),
+    "outputs": st.sampled_from([1, 5, 8, 12]),
+    "layout": st.sampled_from(LAYOUTS),
+    "residual": st.booleans(),
+    "activation": st.sampled_from(["none", "relu", "relu6"]),
+}
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@settings(max_examples=50)
+@given(case=st.builds(case_of, **CASES), seed=st.integers(0, 9), threads=st.integers(1, 3))
+def test_integers_come_out_right(lanes, case, seed, threads):
+    weights, bias, x = integers_of(case, np.random.default_rng(seed))
+    engine = along_rows(case.model(weights, bias), lanes)
+    got, plan, memory = run_over(engine, x, SENTINEL, threads)
+    # rounding errors are below 0.1; scaled by 512 for relu6, and clamped, far below 1e-3
+    atol = 1e-3 if case.activation == "relu6" else 0.1
+    np.testing.assert_allclose(got, case.expected(x, weights, bias), rtol=0, atol=atol)
+    assert_nothing_else_written(memory, plan, case.batch)
+    assert_zeros_around(memory, plan, records.LINES_CONV, case.batch)
+    dirty, _, _ = run_over(engine, x, np.nan, threads)
+    np.testing.assert_array_equal(dirty, got)
+
+
+def magnitudes(case, x, weights, row, rows):
+    """Sum the absolute terms of each output, |A| ((|G| |w|) * (|B| |x|)), tile by tile of the line.
+
+    A tile that begins in one row of an image and ends in the next has terms of both.
+    """
+    f = FILTERINGS[case.taps]
+    a, b, g = (np.abs(matrix) for matrix in (f.output, f.input, f.weight))
+    n, channels, height, width = x.shape
+    top, left = case.padding
+    out_height, out_width = height + 2 * top, width + 2 * left - case.taps + 1
+    lead = top * row + left
+    line = np.zeros((channels, lead + n * rows * row + lead + 2 * f.planes))
+    for image in range(n):
+        for y in range(height):
+            start = lead + (image * rows + y) * row
+            line[:, start : start + width] = np.abs(x[image, :, y])
+    # output row 0 reads input row -top: one row of the frame further up
+    tiles = -(-(n * rows * row) // f.outputs)
+    first = f.outputs * np.arange(tiles)
+    pixels = np.stack([line[:, np.minimum(first + i, line.shape[1] - 1)] for i in range(f.planes)])
+    planes = np.einsum("pi,ict->pct", b, pixels)
+    taps = np.einsum("ps,kcs->pkc", g, np.abs(weights[:, :, 0]).astype(float))
+    out = np.einsum("yp,pkc,pct->kty", a, taps, planes).reshape(len(weights), -1)
+    places = np.add.outer(np.arange(n) * rows * row, np.arange(out_height) * row)
+    places = np.add.outer(places, np.arange(out_width))
+    return out[:, places].transpose(1, 0, 2, 3)
+
+
+def error_bound(case, x, weights, bias, frame):
+    """Bound the rounding error of every output, counted as in `test_runtime_winograd`."""
+    roundings = 1 + 4 + case.channels + 5 + 2
+    error = 0
+    for i in range(2 if case.residual else 1):
+        terms = magnitudes(case, x, weights[i], frame.row, frame.rows)
+        terms = terms + np.abs(bias)[:, None, None]
+        error = error + terms * (roundings + 1) * UNIT / (1 - (roundings + 1) * UNIT)
+    return error
+
+
+@settings(max_examples=100)
+@given(
+    case=st.builds(case_of, **CASES), seed=st.integers(0, 9),
+    decades=st.sampled_from([0, 0, 3, 8]),
+)  # fmt: skip
+def test_reals_stay_within_the_bound_of_their_roundings(case, seed, decades):
+    """Also where neighbours differ by sixteen orders of magnitude."""
+    rng = np.random.default_rng(seed)
+
+    def reals(*shape):
+        values = rng.standard_normal(shape) * 10.0 ** rng.uniform(-decades, decades, shape)
+        return values.astype(np.float32)
+
+    weights, bias = case.weights(reals), reals(case.outputs)
+    x = reals(case.batch, case.channels, *case.image)
+    engine = along_rows(case.model(weights, bias))
+    error = np.abs(engine.run(x, 1) - case.expected(x, weights, bias))
+    bound = error_bound(case, x, weights, bias, engine.steps.frames["x"])
+    assert (error <= bound).all(), f"{np.max(error / bound):.2f} of the bound"
+
+
+@pytest.mark.parametrize("taps", FILTERINGS)
+def test_the_error_is_far_below_the_bound_in_practice(taps):
+    """Roundings mostly cancel: on normal weights and inputs a hundredth of the bound is left."""
+    case = Case((20, 28), 64, 16, rows=1, taps=taps, padding=(0, taps // 2))
+    weights, bias = case.weights(randoms), randoms(16)
+    x = randoms(1, 64, 20, 28)
+    engine = along_rows(case.model(weights, bias))
+    expected = case.expected(x, weights, bias)
+    error = np.abs(engine.run(x, 1) - expected)
+    part = np.max(error / error_bound(case, x, weights, bias, engine.steps.frames["x"]))
+    relative = np.sqrt(np.mean(error**2) / np.mean(expected**2))
+    print(f"largest error: {part:.4f} of the bound; root mean square {relative:.1e} of the output")
+    assert part < 0.01
+    assert relative < 30 * UNIT
+
+
+@pytest.mark.parametrize("layout", ["dense", ((8, 8), 0.4, False)], ids=["dense", "bsr"])
+def test_bits_do_not_depend_on_threads_order_or_repetition(layout):
+    case = Case(
+        (26, 19), 4, 44, rows=1, taps=7, padding=(0, 3), layout=layout, residual=True,
+        activation="relu", batch=3,
+    )  # fmt: skip
+    engine = along_rows(case.model(case.weights(randoms), randoms(44)))
+    x = randoms(3, 4, 26, 19)
+    expected = engine.run(x, 1)
+    for record in lines_of(engine._plan(3, 1).plan):
+        assert record[records.PARTS_COUNT] > 1
+        assert record[records.ITEMS] > 2 * record[records.PARTS_COUNT], "several bands"
+    for threads in (1, 2, 3, 9):
+        for _ in range(3):
+            np.testing.assert_array_equal(engine.run(x, threads), expected)
+    engine._helpers = Helpers()
+    engine.run(x, 2)
+    shuffled(engine._helpers.calls[0], expected)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_planes_of_another_call_or_step_are_not_taken_for_ones_own(layers):
+    """Layers of one band each, called with one image and then another."""
+    b = Builder((8, 2, 9))
+    x = "x"
+    for seed in range(layers):  # one tile of rows on every target
+        x = b.conv(x, 4, kernel=(1, 3), padding=(0, 1), seed=seed, activation="none")
+    model = b.model()
+    engine = along_rows(model)
+    assert lines_of(engine._plan(1, 1).plan)[:, records.ITEMS].tolist() == [1] * layers
+    direct = engine_of(model)
+    for images in randoms(3, 1, 8, 2, 9):
+        got = engine.run(images, 1)
+        np.testing.assert_array_equal(got, along_rows(model).run(images, 1))
+        np.testing.assert_allclose(got, direct.run(images, 1), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("lanes", LANES)
+def test_nan_and_infinity_stay_within_their_tiles(lanes, value):
+    """They reach the tiles of the line that read them, and everything else keeps its bits."""
+    case = Case((6, 35), 3, 5, rows=1, taps=7, padding=(0, 3), batch=2)
+    weights, bias = case.weights(randoms), randoms(5)
+    engine = along_rows(case.model(weights, bias), lanes)
+    row = engine.steps.frames["x"].row
+    clean = randoms(2, 3, 6, 35)
+    expected = engine.run(clean, 1)
+    for y, column in ((0, 0), (3, 5), (4, 34), (5, 34)):
+        x = clean.copy()
+        x[0, 1, y, column] = value
+        got = engine.run(x, 1)
+        direct = ~np.isfinite(case.expected(x, weights, bias))
+        place = y * row + column
+        within = np.zeros_like(direct)
+        for i, j in np.ndindex(*within.shape[2:]):
+            tile = (i * row + j) // 2 * 2
+            within[0, :, i, j] = place in range(tile - 3, tile + 5)
+        assert direct.any()
+        assert within[direct].all()
+        assert not np.isfinite(got[direct]).any()
+        np.testing.assert_array_equal(got[~within], expected[~within])
+        assert np.isfinite(got[~within]).all()
+
+
+def test_padding_is_zero_whatever_memory_held():
+    """Lines before and after other convolutions and a pool, over memory full of NaN."""
+    b = Builder((5, 7, 18))
+    x = b.conv("x", 8, kernel=(1, 7), padding=(0, 3))
+    x = b.conv(x, 9, kernel=(7, 1), padding=(3, 0), seed=1)
+    x = b.conv(x, 8, kernel=(1, 5), padding=(0, 1), seed=2)
+    x = b.node("concat", x, b.conv(x, 3, kernel=(1, 1), padding=(0, 0), seed=3))
+    x = b.conv(b.conv(x, 6, padding=(1, 1), seed=4), 4, kernel=(1, 3), padding=(0, 1), seed=5)
+    b.conv(b.conv(x, 6, stride=(2, 2), seed=6), 3, kernel=(1, 3), padding=(0, 0), seed=7)
+    engine = along_rows(b.model())
+    images = randoms(3, 5, 7, 18)
+    clean, _, _ = run_over(engine, images, 0)
+    for fill in (np.nan, 1e30):
+        dirty, _, _ = run_over(engine, images, fill)
+        np.testing.assert_array_equal(dirty, clean)
+    others = engine_of(b.model()).run(images, 1)
+    np.testing.assert_allclose(clean, others, rtol=0, atol=1e-5 * np.abs(others).max())
+    assert np.abs(clean).max() > 0
