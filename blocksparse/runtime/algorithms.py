@@ -138,8 +138,11 @@ def ways(node: Node, weight: Weight, target: Target, allow_winograd: bool) -> li
     return [way for way, possible in listed.items() if possible]
 
 
-def layer_key(node: Node, weight: Weight) -> str:
-    """Name a layer by what its speed and its ways depend on: geometry, stored form, density."""
+def layer_key(node: Node, weight: Weight, pooled: bool = False) -> str:
+    """Name a layer by what its speed and its ways depend on: geometry, stored form, density.
+
+    Times of one that is followed by a pool which tiles can take in have that pool in them.
+    """
     if isinstance(weight, BsrWeight):
         stored = "bsr{}x{} {:.2f}".format(*weight.block, _reached(weight))
     elif isinstance(weight, NMWeight):
@@ -148,7 +151,8 @@ def layer_key(node: Node, weight: Weight) -> str:
         stored = "dense"
     geometry = [node.attrs[name] for name in ("stride", "padding", "dilation")]
     sizes = ["x".join(map(str, part)) for part in (weight.shape, node.shape, *geometry)]
-    return f"{' '.join(sizes)} {stored} {weight.density:.2f}"
+    pool = " pooled" if pooled else ""
+    return f"{' '.join(sizes)} {stored} {weight.density:.2f}{pool}"
 
 
 def _reached(weight: BsrWeight) -> float:
@@ -227,6 +231,7 @@ class Algorithms:
         known = self._memory.read()
         self.choices: dict[str, Choice] = {}
         self.open: dict[str, list[Algorithm]] = {}
+        self.pools: dict[str, str] = {}  # max pools that tiles can take in, by convolution
         self._keys: dict[str, str] = {}
         for node in model.graph.nodes:
             if node.op != "conv2d":
@@ -235,7 +240,10 @@ class Algorithms:
             listed = ways(node, weight, target, allow_winograd)
             if len(listed) == 1 or work(node, weight) < MEASURED_FLOPS:
                 continue
-            self._keys[node.name] = layer_key(node, weight)
+            pool = winograd.pool_after(model.graph, node, target.lanes)
+            if pool is not None and Algorithm.TILES in listed:
+                self.pools[node.name] = pool.name
+            self._keys[node.name] = layer_key(node, weight, node.name in self.pools)
             times = known.get(self._keys[node.name], {})
             if set(listed) <= set(times):
                 self.choices[node.name] = _best({way: times[way] for way in listed})

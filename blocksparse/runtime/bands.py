@@ -18,6 +18,7 @@ from .prepack import Packed
 from .products import HALVES, ITEMS, fill_product, lane_bits, pixel_mask, shares_pixels
 from .steps import Step
 from .tables import Tables
+from .winograd import unit_rows
 
 BAND_BYTES = second_level() * 3 // 8
 """Planes of one band: weights, sums and outputs pass by them in the second-level cache.
@@ -182,12 +183,12 @@ def fill_tiles(
     """
     lanes, planes = target.lanes, PLANES * PLANES
     source = records.layout_at(record, records.SOURCE)
-    across, down = -(-output.width // OUTPUTS), -(-output.height // OUTPUTS)
-    # a unit covers as many tile rows as fit side by side into one vector
-    groups = next(g for g in (4, 2, 1) if g == 1 or (g <= down and across <= lanes // g))
+    _, height, width = step.node.shape
+    across, down = -(-width // OUTPUTS), -(-height // OUTPUTS)
+    groups = unit_rows(height, width, lanes)
     along = -(-across * groups // lanes)
     per_image = -(-down // groups) * along
-    in_halves = shares_pixels(packed, source.channels, 4 * batch * output.height * output.row)
+    in_halves = shares_pixels(packed, source.channels, 4 * batch * height * source.row)
     least = records.UNITS if packed.rows < FULL_ROWS else 1
     unit_bytes = 4 * planes * source.channels * lanes
     band, bands = cut(batch * per_image, unit_bytes, in_halves, least)
@@ -203,20 +204,32 @@ def fill_tiles(
     record[records.TOGETHER] = together
     sums = records.UNITS * lanes
     record[[records.SUMS_PLANE, records.SUMS_ROW]] = packed.rows * sums, sums
-    kernels = [Kernel(op, 1, groups, kernel[0]) for op in ("tile_input", "tile_output")]
+    window = 2 if step.details["pools"] else 1
+    record[records.WINDOW] = window
+    kernels = [
+        Kernel(op, rows, groups, kernel[0])
+        for op, rows in (("tile_input", 1), ("tile_output", window))
+    ]
     record[records.INPUT_KERNEL] = objects.address(kernels[0], target)
     record[records.OUTPUT_KERNEL] = objects.address(kernels[1], target)
     record[records.ZEROS] = tables.address(np.zeros((along + 1) * OUTPUTS * lanes, np.float32))
-    # the four vectors of a unit along a row, [unit][vector][lane]: which pixel each lane holds
-    pixel = np.arange(OUTPUTS * lanes).reshape(OUTPUTS, lanes) % (OUTPUTS * lanes // groups)
-    pixel = pixel + np.arange(along)[:, None, None] * OUTPUTS * lanes
-    read = pixel - step.node.attrs["padding"][1]
+    read = _unit_pixels(OUTPUTS, lanes, groups, along) - step.node.attrs["padding"][1]
     inside = [(at >= 0) & (at < source.width) for at in (read, read + OUTPUTS)]
     record[records.INSIDE] = tables.address(lane_bits(np.concatenate(inside, axis=1), lanes))
+    pixel = _unit_pixels(OUTPUTS // window, lanes, groups, along)
     written = [pixel < output.width, pixel < output.row]
     record[records.WITHIN] = tables.address(lane_bits(np.concatenate(written, axis=1), lanes))
     _fill(record, step, packed, packed.channels * np.int64(line), bias, target, tables, bands)
     return records.HEADER + 4 * planes * (plane + together * packed.rows * sums)
+
+
+def _unit_pixels(width: int, lanes: int, groups: int, along: int) -> npt.NDArray[np.int64]:
+    """Pixel of a row in each lane of the vectors of a unit, [unit][vector][lane].
+
+    Tiles are `width` pixels wide, and a unit has as many vectors.
+    """
+    pixel = np.arange(width * lanes).reshape(width, lanes) % (width * lanes // groups)
+    return pixel + np.arange(along)[:, None, None] * width * lanes
 
 
 def _fill_planes(

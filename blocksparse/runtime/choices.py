@@ -30,7 +30,9 @@ def choice_of(
     kernel, reason : str
     """
     if not steps:
-        return "none", "its parts are written in place"
+        if node.op == "concat":
+            return "none", "its parts are written in place"
+        return "none", "the node before it writes its values"
     copies = sum(step.op == records.COPY for step in steps)
     product = next((step for step in steps if step.packed is not None), None)
     if product is None or product.packed is None:

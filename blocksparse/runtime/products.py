@@ -35,7 +35,7 @@ HALVES = 2
 """Least parts that pixels are cut into where threads share pixels rather than output channels."""
 
 BOUNDS = {"none": (-inf, inf), "relu": (0.0, inf), "relu6": (0.0, 6.0)}
-"""The activations in `steps.CLAMPS`, as the bounds they clamp to."""
+"""The activations in `winograd.CLAMPS`, as the bounds they clamp to."""
 
 KERNELS: dict[int, tuple[str, tuple[int, ...]]] = {
     records.CONV: ("sparse_conv", (1, 2, 3)),

@@ -19,9 +19,6 @@ from .kernels import records
 from .kernels.target import Target
 from .prepack import Packed, pack
 
-CLAMPS = ("none", "relu", "relu6")
-"""Activations that a product applies on the way out; others are a step of their own, in place."""
-
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -145,7 +142,7 @@ class _Lowering:
         }
         self.frames = layout.frames(graph, self.shapes, lines)
         self.places = {name: Place(name) for name in self.shapes}
-        self.written: set[str] = set()  # flattened values that their source writes itself
+        self.written: set[str] = set()  # values that the node before writes itself
         self.copied: dict[str, list[tuple[str, int]]] = {}  # concatenation -> parts to copy
         self.steps: list[Step] = []
         for node in graph.nodes:
@@ -209,10 +206,19 @@ class _Lowering:
         if packed.group:
             op = {records.CONV: records.CONV_NM, records.LINEAR: records.LINEAR_NM}[op]
         activation = node.attrs["activation"]
-        fused = activation if activation in CLAMPS else "none"
-        self._emit(op, node, source, node.name, other, packed, activation=fused, way=way)
+        fused = activation if activation in winograd.CLAMPS else "none"
+        pool = self._pool(node) if op == records.TILES_CONV else None
+        if pool is not None:
+            self.written.add(pool.name)
+        self._emit(
+            op, node, source, node.name if pool is None else pool.name, other, packed,
+            activation=fused, way=way, pools=pool is not None,
+        )  # fmt: skip
         if fused != activation:
             self._elementwise(node, records.ACTIVATE, node.name, None, activation)
+
+    def _pool(self, node: Node) -> Node | None:
+        return winograd.pool_after(self.model.graph, node, self.target.lanes)
 
     def _prepared(self, node: Node, weight: Weight, source: str) -> tuple[Algorithm, Packed]:
         """Prepare the weight of a convolution, and say how it is computed."""
@@ -319,6 +325,8 @@ class _Lowering:
         )
 
     def _max_pool2d(self, node: Node) -> None:
+        if node.name in self.written:
+            return
         self._emit(records.POOL, node, node.inputs[0], node.name, kind=records.MAX_POOL)
 
     def _avg_pool2d(self, node: Node) -> None:

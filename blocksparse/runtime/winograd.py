@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from blocksparse.format import Node
+from blocksparse.format import Graph, Node
 
 from . import layout
 from .kernels.target import Target
-from .kernels.winograd_matrices import FILTERINGS
+from .kernels.winograd_matrices import FILTERINGS, OUTPUTS
 from .prepack import Packed, RowTile
 
 TRANSFORM_COST = 40 / 36
@@ -27,6 +27,9 @@ over the entries of a matrix, n * n.
 
 Measured on ResNet-50's layers, where n is 6: input 25 to 40, output 30 to 50.
 """
+
+CLAMPS = ("none", "relu", "relu6")
+"""Activations that a product applies on the way out; others are a step of their own, in place."""
 
 TILE = 3
 """Kernel height and width of what goes through tiles in both directions."""
@@ -77,6 +80,40 @@ def _plain(node: Node, axis: int) -> bool:
         and node.attrs["dilation"][axis] == 1
         and node.attrs["groups"] == 1
     )
+
+
+def unit_rows(height: int, width: int, lanes: int) -> int:
+    """Tile rows that a unit of tiles covers: as many as fit side by side into one vector.
+
+    Parameters
+    ----------
+    height, width : int
+        Of the output image.
+    lanes : int
+        Floats of a vector.
+    """
+    down, across = -(-height // OUTPUTS), -(-width // OUTPUTS)
+    return next(g for g in (4, 2, 1) if g == 1 or (g <= down and across <= lanes // g))
+
+
+def pool_after(graph: Graph, node: Node, lanes: int) -> Node | None:
+    """Return the max pool that tiles of a convolution can take in, if there is one.
+
+    It has to be the only reader, with windows of 2 x 2 that neither overlap nor are padded: a tile
+    holds four of them. A convolution with a residual, or with an activation that is no clamp, is
+    not finished when its tiles are.
+    """
+    readers = [other for other in graph.nodes if node.name in other.inputs]
+    if len(node.inputs) > 1 or node.attrs["activation"] not in CLAMPS:
+        return None
+    if node.name in graph.outputs or [reader.op for reader in readers] != ["max_pool2d"]:
+        return None
+    pool, (_, height, width) = readers[0], node.shape
+    plain = {"kernel": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
+    if any(tuple(pool.attrs[name]) != value for name, value in plain.items()):
+        return None
+    whole = tuple(pool.shape[1:]) == (height // 2, width // 2)  # no window beyond the image
+    return pool if whole and unit_rows(height, width, lanes) <= OUTPUTS // 2 else None
 
 
 def holds_padding(node: Node, target: Target) -> bool:

@@ -17,7 +17,8 @@ class Kernel:
           "copy_phases", "pool_max", "pool_avg"}
         Which product, transform or move.
     rows : int
-        Output channels in the tile; for a pool the height of its window.
+        Output channels in the tile; for a pool the height of its window; for the output of tiles
+        height and width of the windows that are pooled at once, 1 or 2.
     columns : int
         Input channels of a block; for N:M the nonzeros kept of each group (n); for a pool the width
         of its window; for tiles the tile rows of a unit.
@@ -43,7 +44,7 @@ class Kernel:
         if pattern in ("winograd", "line"):
             return f"f32_{self.op}_r{self.width}"
         if pattern == "tile":
-            return f"f32_{self.op}_g{self.columns}"
+            return f"f32_{self.op}_g{self.columns}" + ("_max" if self.rows > 1 else "")
         if pattern == "pool":
             return f"f32_{self.op}_{self.rows}x{self.columns}s{self.width}"
         if pattern == "nm":

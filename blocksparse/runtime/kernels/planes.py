@@ -114,7 +114,7 @@ class Pool(PlaneWriter):
         empty = zero
         if largest:
             empty = ir.Constant(self.vector, [ir.Constant(F32, float("-inf"))] * self.lanes)
-        combine = self._larger if largest else b.fadd
+        combine = self.larger if largest else b.fadd
         per_column = b.mul(arg["vectors"], I64(self.bit_bytes))
 
         def channel(state: list[ir.Value]) -> list[ir.Value]:
@@ -163,10 +163,3 @@ class Pool(PlaneWriter):
 
         self.loop([arg["x"], arg["y"]], channel, arg["channels"])
         b.ret_void()
-
-    def _larger(self, a: ir.Value, value: ir.Value) -> ir.Value:
-        # a NaN wins, as in PyTorch: the first selection takes it from the one, the second from the
-        # other
-        b = self.builder
-        larger = b.select(b.fcmp_ordered(">", a, value), a, value)
-        return b.select(b.fcmp_unordered("uno", a, a), a, larger)

@@ -23,7 +23,7 @@ BY_CHANNELS = 31  # whether it is channels
 SOURCE, TARGET = 33, 41  # each a `Layout`, 8 columns
 OTHER = 49  # `Layout` of the residual or second operand; base -1: none
 COMPUTE = 57  # address of the function that computes an item, see `loops`
-FIELDS = 58
+FIELDS = 59
 
 
 class Layout(NamedTuple):
@@ -88,6 +88,7 @@ OUTPUTS, PLANES_ALL = 28, 29  # rows of outputs of a tile row, or pixels of a ti
 PAD_LEFT = 30  # floats from the first input of the first output to the place of that output
 # for tiles in both directions: tile rows are units, and OUTPUTS and PLANES_ALL do not count, but
 GROUPS, UNITS_ROW = 28, 29  # tile rows of a unit, units along a row
+WINDOW = 58  # rows and columns of outputs of which the largest is written: 1 or 2
 TOGETHER = 32  # row tiles that go through the planes together
 
 HEADER = 64

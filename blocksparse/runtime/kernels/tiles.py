@@ -18,11 +18,10 @@ from .writer import F32, FLOAT_BYTES, I64
 
 
 class _Tiles(Transform):
-    @property
-    def chunks(self) -> list[tuple[int, int]]:
-        """Tile row and first pixel of each of the four vectors along a row of tiles."""
-        per_row = OUTPUTS // self.kernel.columns
-        return [(i // per_row, i % per_row * self.lanes) for i in range(OUTPUTS)]
+    def chunks(self, width: int) -> list[tuple[int, int]]:
+        """Tile row and first pixel of each vector along a row of tiles that are so wide."""
+        per_row = width // self.kernel.columns
+        return [(i // per_row, i % per_row * self.lanes) for i in range(width)]
 
 
 class TileInput(_Tiles):
@@ -59,7 +58,7 @@ class TileInput(_Tiles):
                 found = []
                 for shift in (0, OUTPUTS):
                     vectors = []
-                    for q, (group, pixel) in enumerate(self.chunks):
+                    for q, (group, pixel) in enumerate(self.chunks(OUTPUTS)):
                         at = self.step(rows[group * PLANES + i], (pixel + shift) * FLOAT_BYTES)
                         mask = masks[q + (OUTPUTS if shift else 0)]
                         vectors.append(b.select(mask, self.load(self.vector, at), zero))
@@ -81,7 +80,8 @@ class TileInput(_Tiles):
 class TileOutput(_Tiles):
     """Planes of one unit to rows of some output channels, through the epilogue.
 
-    The masks are those of the pixels inside the image, then of all a row holds.
+    The masks are those of the pixels inside the image, then of all a row holds. Where kernel.rows
+    is 2, the largest of 2 x 2 outputs is a pixel, and a tile has two rows of two.
     """
 
     arguments = (
@@ -93,8 +93,9 @@ class TileOutput(_Tiles):
         """Write the function."""
         b, arg = self.builder, self.arg
         zero = ir.Constant(self.vector, None)
+        size = OUTPUTS // self.kernel.rows
         has_residual = b.icmp_unsigned("!=", arg["residual"], I64(0))
-        masks = [self.mask(self.step(arg["masks"], i * self.bit_bytes)) for i in range(2 * OUTPUTS)]
+        masks = [self.mask(self.step(arg["masks"], i * self.bit_bytes)) for i in range(2 * size)]
 
         def channel(state: list[ir.Value]) -> list[ir.Value]:
             x, y_start, residual, bias_at = state
@@ -104,10 +105,11 @@ class TileOutput(_Tiles):
                 planes.append(self.load(self.vector, at))
                 at = b.add(at, arg["x_plane"])
             down = [self.into_outputs(planes[j::PLANES]) for j in range(PLANES)]
-            for i, row in enumerate(zip(*down, strict=True)):
-                pixels = self.together([b.fadd(v, bias) for v in self.into_outputs(list(row))])
-                for q, (group, pixel) in enumerate(self.chunks):
-                    place = I64(group * OUTPUTS + i)
+            rows = [self.into_outputs(list(row)) for row in zip(*down, strict=True)]
+            for i, row in enumerate(self._pooled(rows) if size < OUTPUTS else rows):
+                pixels = self.together([b.fadd(value, bias) for value in row])
+                for q, (group, pixel) in enumerate(self.chunks(size)):
+                    place = I64(group * size + i)
                     with b.if_then(b.icmp_signed(">", arg["rows"], place)):
                         inner = b.block
                         with b.if_then(has_residual):
@@ -121,7 +123,7 @@ class TileOutput(_Tiles):
                         value = b.select(masks[q], self.clamp(merged), zero)
                         to = b.add(y_start, b.mul(place, arg["y_row"]))
                         to = self.step(to, pixel * FLOAT_BYTES)
-                        self.store_first(value, to, masks[OUTPUTS + q])
+                        self.store_first(value, to, masks[size + q])
             return [
                 b.add(x, arg["x_channel"]),
                 b.add(y_start, arg["y_channel"]),
@@ -131,3 +133,13 @@ class TileOutput(_Tiles):
 
         self.loop([arg["x"], arg["y"], arg["residual"], arg["bias"]], channel, arg["channels"])
         b.ret_void()
+
+    def _pooled(self, rows: list[list[ir.Value]]) -> list[list[ir.Value]]:
+        """Take the largest of every 2 x 2 values."""
+        down = [
+            [self.larger(a, b) for a, b in zip(*pair, strict=True)]
+            for pair in zip(rows[::2], rows[1::2], strict=True)
+        ]
+        return [
+            [self.larger(a, b) for a, b in zip(row[::2], row[1::2], strict=True)] for row in down
+        ]

@@ -104,9 +104,13 @@ def _outputs(
     """Transform the sums of some row tiles back, for one unit."""
     b, other = view(step, r.TARGET), view(step, r.OTHER)
     n, y, v = _place(step, unit)
-    rows = min(OUTPUTS * step[r.GROUPS], b.height - y)
-    column = v * OUTPUTS * step[r.LANES]
-    covered = step[r.UNITS_ROW] * OUTPUTS * step[r.LANES] // step[r.GROUPS]
+    y //= step[r.WINDOW]
+    size = OUTPUTS // step[r.WINDOW]  # of a tile
+    rows = min(size * step[r.GROUPS], b.height - y)
+    if rows <= 0:  # the last row of an odd number is in no window
+        return
+    column = v * size * step[r.LANES]
+    covered = step[r.UNITS_ROW] * size * step[r.LANES] // step[r.GROUPS]
     for tile in range(start, stop):
         at = step[r.TILES] + tile * r.TILE_FIELDS
         k, channels = tables[at + r.TILE_FIRST], tables[at + r.TILE_ROWS]
@@ -122,7 +126,7 @@ def _outputs(
                 4 * step[r.SUMS_PLANE], 4 * step[r.SUMS_ROW],
                 memory_at + 4 * to, 4 * b.row, 4 * b.channel,
                 residual, 4 * other.row, 4 * other.channel, step[r.BIAS] + 4 * k,
-                step[r.WITHIN] + v * 2 * OUTPUTS * max(1, step[r.LANES] // 8), rows,
+                step[r.WITHIN] + v * 2 * size * max(1, step[r.LANES] // 8), rows,
                 step[r.BOUNDS], channels,
             ),
         )  # fmt: skip

@@ -182,6 +182,13 @@ class Writer(Function):
         value = b.select(b.fcmp_ordered("<", value, low), low, value)
         return b.select(b.fcmp_ordered(">", value, high), high, value)
 
+    def larger(self, a: ir.Value, value: ir.Value) -> ir.Value:
+        """Return the larger of two values; a NaN wins, as in PyTorch's pools."""
+        # the first selection takes it from the one, the second from the other
+        b = self.builder
+        larger = b.select(b.fcmp_ordered(">", a, value), a, value)
+        return b.select(b.fcmp_unordered("uno", a, a), a, larger)
+
     @property
     def bit_bytes(self) -> int:
         """Bytes of the mask of one vector."""
