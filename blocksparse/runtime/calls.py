@@ -36,7 +36,7 @@ class CallMemory:
         self._record = array("q", [0] * c.FIELDS)
         for at, given in (
             (c.STEPS_AT, plan.records), (c.TABLES_AT, plan.integers),
-            (c.VECTORS_AT, plan.vectors), (c.MEMORY_AT, values), (c.OUTPUT_AT, self.output),
+            (c.MEMORY_AT, values), (c.OUTPUT_AT, self.output),
         ):  # fmt: skip
             self._record[at], self._record[at + 1] = given.ctypes.data, given.size
         self._record[c.STEPS], self._record[c.BATCH] = len(plan.records), len(self.output)

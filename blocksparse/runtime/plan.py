@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from blocksparse.format import ACTIVATIONS, Model
+from blocksparse.format import Model
 
 from . import layout
 from .bands import FILL
@@ -22,7 +22,7 @@ from .kernels.kernel import Kernel
 from .kernels.records import Layout
 from .kernels.target import Target
 from .memory import Lifetime, assign
-from .products import ITEMS, fill_conv, fill_linear, lane_bits
+from .products import ITEMS, fill_conv, fill_linear, lane_bits, pixel_mask
 from .steps import Step, Steps, kernel_size
 from .tables import Tables
 
@@ -45,8 +45,6 @@ class Plan:
         The program.
     integers : ndarray of int64, 1-D
         Row tiles, part boundaries, phase shifts.
-    vectors : ndarray of float32, 1-D
-        Scales and shifts.
     floats : int
         Size of the memory that holds all values.
     scratch : int
@@ -59,7 +57,6 @@ class Plan:
 
     records: Record
     integers: npt.NDArray[np.int64]
-    vectors: npt.NDArray[np.float32]
     floats: int
     scratch: int
     outputs: tuple[int, ...]
@@ -132,10 +129,10 @@ class _Binding:
             record[records.OTHER] = -1
             record[records.COMPUTE] = loops.address(loops.ITEMS[step.op])
             fill[step.op](record, step)
-        integers, vectors = self.tables.joined()
+        integers = self.tables.joined()
         outputs = (self.batch, *self.model.output_shape)
         kept = self.tables.kept
-        return Plan(table, integers, vectors, self.floats, self.scratch, outputs, kept)
+        return Plan(table, integers, self.floats, self.scratch, outputs, kept)
 
     def _memory(self) -> tuple[dict[str, int], int]:
         lives: dict[str, Lifetime] = {}
@@ -192,9 +189,13 @@ class _Binding:
         0.77 in place of 1.2. `planes` output channels come from one input channel.
         """
         rows, channels = self.batch * where.height, where.channels // planes
-        items = layout.round_up(where.channels * rows * where.width // CHUNK_FLOATS + 1, 2)
+        self._share(record, where, channels, rows, planes * where.width)
+
+    def _share(self, record: Record, where: Layout, channels: int, lines: int, floats: int) -> None:
+        """Cut lines of so many floats in each of so many channels into items."""
+        items = layout.round_up(channels * lines * floats // CHUNK_FLOATS + 1, 2)
         by_channels = 4 * where.channel < layout.PAGE_BYTES and channels >= items
-        self._cut(record, channels if by_channels else rows, items, by_channels)
+        self._cut(record, channels if by_channels else lines, items, by_channels)
 
     def _cut(self, record: Record, count: int, items: int, by_channels: bool) -> None:
         chunk = -(-count // min(count, items))
@@ -291,15 +292,33 @@ class _Binding:
         )
 
     def _elementwise(self, record: Record, step: Step) -> None:
-        self._move(record, step)
+        function, lanes = step.details["function"], self.target.lanes
+        places = {records.SOURCE: step.source, records.TARGET: step.target}
         if step.other is not None:
-            _put(record, records.OTHER, self._layout(step.other))
-        record[records.FUNCTION] = step.details["function"]
-        record[records.ACTIVATION] = ACTIVATIONS.index(step.details["activation"])
-        if step.details["function"] == records.AFFINE:
-            vectors = self.model.vectors
-            record[records.SCALE_AT] = self.tables.vector(vectors[f"{step.node.name}.scale"])
-            record[records.SHIFT_AT] = self.tables.vector(vectors[f"{step.node.name}.shift"])
+            places[records.OTHER] = step.other
+        layouts = {at: self._layout(name) for at, name in places.items()}
+        is_map = len(self.steps.shapes[step.target]) == 3
+        if function == "affine":
+            for at, part in ((records.SCALES, "scale"), (records.SHIFTS, "shift")):
+                vector = self.model.vectors[f"{step.node.name}.{part}"]
+                record[at] = self.tables.address(np.ascontiguousarray(vector))
+        elif not is_map:  # all features are one line, unless each has a scale of its own
+            layouts = {at: _as_row(where) for at, where in layouts.items()}
+        for at, where in layouts.items():
+            _put(record, at, where)
+        # every image has its own gates; and between vectors may lie the rest of a concatenation
+        runs = self.batch if function == "gate" or not is_map else 1
+        output = layouts[records.TARGET]
+        run = output.run(self.batch // runs)
+        vectors = -(-run // lanes)
+        kernel = Kernel(f"pointwise_{function}", activation=step.details["activation"])
+        record[records.KERNELS] = objects.address(kernel, self.target)
+        record[records.MASK] = self.tables.address(pixel_mask(output, self.batch // runs, lanes))
+        record[records.WITHIN] = self.tables.address(
+            lane_bits(np.arange(vectors * lanes) < run, lanes)
+        )
+        record[records.VECTORS], record[records.RUNS] = vectors, runs
+        self._share(record, output, output.channels, runs * vectors, lanes)
 
     def _product(self, record: Record, step: Step) -> None:
         assert step.packed is not None

@@ -215,7 +215,7 @@ class _Lowering:
             activation=fused, way=way, pools=pool is not None,
         )  # fmt: skip
         if fused != activation:
-            self._elementwise(node, records.ACTIVATE, node.name, None, activation)
+            self._elementwise(node, "same", node.name, None, activation)
 
     def _pool(self, node: Node) -> Node | None:
         return winograd.pool_after(self.model.graph, node, self.target.lanes)
@@ -264,7 +264,7 @@ class _Lowering:
         self._product(records.LINEAR, node, node.inputs[0], None, 1)
 
     def _elementwise(
-        self, node: Node, function: int, source: str, other: str | None, activation: str
+        self, node: Node, function: str, source: str, other: str | None, activation: str
     ) -> None:
         self._emit(
             records.ELEMENTWISE,
@@ -278,18 +278,18 @@ class _Lowering:
 
     def _add(self, node: Node) -> None:
         a, b = node.inputs
-        self._elementwise(node, records.ADD, a, b, node.attrs["activation"])
+        self._elementwise(node, "add", a, b, node.attrs["activation"])
 
     def _mul(self, node: Node) -> None:
         a, b = node.inputs
         same = self.shapes[a] == self.shapes[b]
-        self._elementwise(node, records.MUL if same else records.MUL_CHANNEL, a, b, "none")
+        self._elementwise(node, "mul" if same else "gate", a, b, "none")
 
     def _activation(self, node: Node) -> None:
-        self._elementwise(node, records.ACTIVATE, node.inputs[0], None, node.attrs["activation"])
+        self._elementwise(node, "same", node.inputs[0], None, node.attrs["activation"])
 
     def _affine(self, node: Node) -> None:
-        self._elementwise(node, records.AFFINE, node.inputs[0], None, node.attrs["activation"])
+        self._elementwise(node, "affine", node.inputs[0], None, node.attrs["activation"])
 
     def _concat(self, node: Node) -> None:
         for name, channel in self.copied.get(node.name, []):

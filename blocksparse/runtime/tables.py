@@ -1,4 +1,4 @@
-"""Side tables of a program: small integers, per-channel vectors, and arrays known by address."""
+"""Side tables of a program: small integers, and arrays known by address."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ class Tables:
 
     def __init__(self) -> None:
         self._integers: list[npt.NDArray[np.int64]] = []
-        self._vectors: list[npt.NDArray[np.float32]] = [np.zeros(0, np.float32)]
-        self._lengths = [0, 0]
+        self._length = 0
         self.kept: list[npt.NDArray] = []
         self.integers([0, 0])  # place 0: the plane shifts of a copy that has no planes
 
@@ -20,20 +19,14 @@ class Tables:
         """Append integers; return their place."""
         array = np.asarray(values, np.int64).reshape(-1)
         self._integers.append(array)
-        self._lengths[0] += len(array)
-        return self._lengths[0] - len(array)
-
-    def vector(self, array: npt.NDArray[np.float32]) -> int:
-        """Append a per-channel vector; return its place."""
-        self._vectors.append(array)
-        self._lengths[1] += len(array)
-        return self._lengths[1] - len(array)
+        self._length += len(array)
+        return self._length - len(array)
 
     def address(self, array: npt.NDArray) -> int:
         """Keep an array alive with the tables; return its address."""
         self.kept.append(array)
         return int(array.ctypes.data)
 
-    def joined(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Return all integers and all vectors, as the program takes them."""
-        return np.concatenate(self._integers), np.concatenate(self._vectors)
+    def joined(self) -> npt.NDArray[np.int64]:
+        """Return all integers, as the program takes them."""
+        return np.concatenate(self._integers)

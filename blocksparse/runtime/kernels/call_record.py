@@ -5,14 +5,13 @@ from __future__ import annotations
 # The record: addresses, and sizes in elements
 STEPS_AT, STEPS = 0, 1  # the program
 TABLES_AT, TABLES_SIZE = 2, 3  # int64: row tiles, part boundaries, phase shifts
-VECTORS_AT, VECTORS_SIZE = 4, 5  # float32: scales and shifts
-MEMORY_AT, MEMORY_SIZE = 6, 7  # float32: all values
-COUNTERS_AT = 8
-INPUT_AT, INPUT_SIZE = 9, 10  # float32, contiguous
-OUTPUT_AT, OUTPUT_SIZE = 11, 12
-BATCH, THREADS = 13, 14
-TIMES_ROWS = 15  # of what each thread notes; 0: nothing
-FIELDS = 16
+MEMORY_AT, MEMORY_SIZE = 4, 5  # float32: all values
+COUNTERS_AT = 6
+INPUT_AT, INPUT_SIZE = 7, 8  # float32, contiguous
+OUTPUT_AT, OUTPUT_SIZE = 9, 10
+BATCH, THREADS = 11, 12
+TIMES_ROWS = 13  # of what each thread notes; 0: nothing
+FIELDS = 14
 
 # Behind it, for each thread
 SCRATCH_AT = 0  # memory of this thread alone

@@ -1,88 +1,38 @@
-"""Elementwise operations that no product could take in: sums, gates, scales, activations."""
+"""Element-wise operations that no product could take in: the loop around their micro-kernel."""
 
 from __future__ import annotations
 
-from math import exp
-from typing import Any
-
-import numpy as np
-
-from . import call_record as c
 from . import records as r
-from .intrinsics import floats_at, integers_at
-from .loop import loop
+from .intrinsics import call
 from .views import opened, span, view, zero_beside
-
-NONE, RELU, RELU6, SIGMOID, HARDSIGMOID, SILU, HARDSWISH = range(7)
-
-
-@loop
-def activate(values: Any, kind: int) -> None:
-    """Apply an activation in place; NaN passes."""
-    if kind == RELU:
-        for i in range(values.size):
-            if values[i] < 0:
-                values[i] = 0
-    elif kind == RELU6:
-        for i in range(values.size):
-            if values[i] < 0:
-                values[i] = 0
-            elif values[i] > 6:
-                values[i] = 6
-    elif kind == SIGMOID:
-        for i in range(values.size):
-            values[i] = 1 / (1 + exp(-values[i]))
-    elif kind == SILU:
-        for i in range(values.size):
-            values[i] = values[i] / (1 + exp(-values[i]))
-    elif kind in (HARDSIGMOID, HARDSWISH):
-        for i in range(values.size):
-            gate = values[i] + np.float32(3)
-            if gate < 0:
-                gate = np.float32(0)
-            elif gate > 6:
-                gate = np.float32(6)
-            gate = gate / np.float32(6)
-            values[i] = gate if kind == HARDSIGMOID else values[i] * gate
 
 
 def elementwise_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
-    """Compute one chunk of rows, or of channels; source and target may be the same place."""
-    memory, _, step, _, batch = opened(call_at, step_at)
-    call = integers_at(call_at, c.FIELDS)
-    vectors = floats_at(call[c.VECTORS_AT], call[c.VECTORS_SIZE])
+    """Compute one chunk of vectors of all channels, or of channels, in place or not.
+
+    All images are one run of vectors, or each has its own.
+    """
+    memory, memory_at, step, _, batch = opened(call_at, step_at)
     a, b, other = view(step, r.SOURCE), view(step, r.TARGET), view(step, r.OTHER)
-    function = step[r.FUNCTION]
-    start, stop, first, last = span(step, item, b.channels, batch * b.height)
-    for channel in range(start, stop):
-        for index in range(first, last):
-            n, y = index // b.height, index % b.height
-            zero_beside(memory, b, channel, n, y, batch)
-            at = b.base + channel * b.channel + n * b.image + y * b.row
-            out = memory[at : at + b.width]
-            at = a.base + channel * a.channel + n * a.image + y * a.row
-            left = memory[at : at + b.width]
-            at = other.base + channel * other.channel + n * other.image
-            if function == r.ADD or function == r.MUL:
-                right = memory[at + y * other.row : at + y * other.row + b.width]
-                if function == r.ADD:
-                    for x in range(b.width):
-                        out[x] = left[x] + right[x]
-                else:
-                    for x in range(b.width):
-                        out[x] = left[x] * right[x]
-            elif function == r.MUL_CHANNEL:
-                gate = memory[at]
-                for x in range(b.width):
-                    out[x] = left[x] * gate
-            elif function == r.AFFINE:
-                scale, shift = (
-                    vectors[step[r.SCALE_AT] + channel],
-                    vectors[step[r.SHIFT_AT] + channel],
-                )
-                for x in range(b.width):
-                    out[x] = left[x] * scale + shift
-            else:
-                for x in range(b.width):
-                    out[x] = left[x]
-            activate(out, step[r.ACTIVATION])
+    vectors, runs = step[r.VECTORS], step[r.RUNS]
+    start, stop, first, last = span(step, item, b.channels, runs * vectors)
+    while first < last:
+        n, vector = first // vectors, first % vectors
+        count = min(vectors - vector, last - first)
+        call(
+            step[r.KERNELS],
+            (
+                memory_at + 4 * (a.base + start * a.channel + n * a.image), 4 * a.channel,
+                memory_at + 4 * (b.base + start * b.channel + n * b.image), 4 * b.channel,
+                memory_at + 4 * (other.base + start * other.channel + n * other.image),
+                4 * other.channel,
+                step[r.SCALES] + 4 * start, step[r.SHIFTS] + 4 * start,
+                step[r.MASK], step[r.WITHIN], vector, stop - start, count,
+            ),
+        )  # fmt: skip
+        for channel in range(start, stop):
+            if vector == 0:
+                zero_beside(memory, b, channel, n, 0, batch)
+            if vector + count == vectors:
+                zero_beside(memory, b, channel, (n + 1) * batch // runs - 1, b.height - 1, batch)
+        first += count

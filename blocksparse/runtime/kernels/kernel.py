@@ -13,8 +13,9 @@ class Kernel:
     ----------
     op : {"sparse_conv", "sparse_product", "nm_conv", "sparse_linear", "nm_linear", \
           "winograd_input", "winograd_output", "line_input", "line_output", \
-          "tile_input", "tile_output", \
-          "copy_phases", "pool_max", "pool_avg"}
+          "tile_input", "tile_output", "copy_phases", "pool_max", "pool_avg", \
+          "pointwise_same", "pointwise_add", "pointwise_mul", "pointwise_gate", \
+          "pointwise_affine"}
         Which product, transform or move.
     rows : int
         Output channels in the tile; for a pool the height of its window; for the output of tiles
@@ -27,6 +28,8 @@ class Kernel:
         Winograd's transforms the taps.
     group : int
         For N:M the group length m, else 0.
+    activation : str
+        What a pointwise kernel applies at the end; products take bounds.
     """
 
     op: str
@@ -34,6 +37,7 @@ class Kernel:
     columns: int = 1
     width: int = 1
     group: int = 0
+    activation: str = "none"
 
     @property
     def name(self) -> str:
@@ -45,6 +49,8 @@ class Kernel:
             return f"f32_{self.op}_r{self.width}"
         if pattern == "tile":
             return f"f32_{self.op}_g{self.columns}" + ("_max" if self.rows > 1 else "")
+        if pattern == "pointwise":
+            return f"f32_{self.op}_{self.activation}"
         if pattern == "pool":
             return f"f32_{self.op}_{self.rows}x{self.columns}s{self.width}"
         if pattern == "nm":

@@ -16,8 +16,8 @@ is broadcast against it, and a zero weight skips the multiplication altogether.
 - ``sparse_linear`` and ``nm_linear``: a linear layer has one pixel an image, so vectors run over
   output features instead; packed N:M has one output feature at a time and is a scalar product.
 
-``copy_phases`` and the pools have no weights; they are here because Numba's loops over the short
-rows of a late layer do not become vector code.
+``copy_phases``, the pools and the pointwise kernels have no weights; they are here because Numba's
+loops over the short rows of a late layer do not become vector code.
 
 All arguments are 64-bit integers, addresses included, so one Numba intrinsic calls every kernel.
 Strides are in bytes.
@@ -32,6 +32,7 @@ from .kernel import Kernel
 from .lines import LineInput, LineOutput
 from .pixel import NMConv, SparseConv, SparseProduct
 from .planes import PhaseCopy, Pool
+from .pointwise import Pointwise
 from .target import Target
 from .tiles import TileInput, TileOutput
 from .transforms import WinogradInput, WinogradOutput
@@ -52,6 +53,11 @@ _WRITERS: dict[str, type[Writer]] = {
     "copy_phases": PhaseCopy,
     "pool_max": Pool,
     "pool_avg": Pool,
+    "pointwise_same": Pointwise,
+    "pointwise_add": Pointwise,
+    "pointwise_mul": Pointwise,
+    "pointwise_gate": Pointwise,
+    "pointwise_affine": Pointwise,
 }
 
 

@@ -111,6 +111,6 @@ MAX_POOL, AVG_POOL = 0, 1
 # What a pool or copy with a micro-kernel of its own needs besides; 0: it has none
 FAST, COLUMN_MASKS, DIVISORS, ROW_VECTORS = 13, 14, 15, 17  # WITHIN, LANES: as above
 
-# Elementwise
-FUNCTION, ACTIVATION, SCALE_AT, SHIFT_AT = 3, 4, 5, 6  # places of scale and shift in the vectors
-ADD, MUL, MUL_CHANNEL, AFFINE, ACTIVATE = range(5)
+# Elementwise, besides KERNELS (one), MASK, WITHIN, and VECTORS, those of a run
+SCALES, SHIFTS = 4, 5  # addresses
+RUNS = 6  # one of all images, or as many as there are images
