@@ -9,7 +9,7 @@ groups, F O features, r c block rows and columns.
 
 from __future__ import annotations
 
-from math import ceil, inf, isnan, prod
+from math import ceil, exp, inf, isnan, prod
 
 import numpy as np
 
@@ -177,6 +177,42 @@ def phase_planes(x, stride, padding, phases):
         row, column = u * stride[0] + a - padding[0], v * stride[1] + b - padding[1]
         if 0 <= row < height and 0 <= column < width:
             out[n, plane, u, v] = x[n, plane // len(phases), row, column]
+    return out
+
+
+def activate(value, activation):
+    """Apply an activation to a number; NaN passes, and infinity times zero is NaN."""
+    if activation == "none" or isnan(value):
+        return value
+    if activation == "relu":
+        return max(value, 0.0)
+    if activation == "relu6":
+        return min(max(value, 0.0), 6.0)
+    if activation in ("hardsigmoid", "hardswish"):
+        gate = min(max(value + 3, 0.0), 6.0) / 6
+    else:  # in the form that does not overflow
+        gate = 1 / (1 + exp(-value)) if value > 0 else exp(value) / (1 + exp(value))
+    return value * gate if activation in ("silu", "hardswish") else gate
+
+
+def pointwise(function, activation, x, other=None, scale=None, shift=None):
+    """Combine x (N, C, H, W) with a value of its shape, or with numbers by channel, and activate.
+
+    ``same``: x alone; ``add``, ``mul``: with the same pixel of other; ``gate``: times other
+    (N, C, 1, 1); ``affine``: times scale (C,) plus shift (C,). Returns float64.
+    """
+    out = np.zeros(x.shape)
+    for n, c, u, v in np.ndindex(*x.shape):
+        value = float(x[n, c, u, v])
+        if function == "add":
+            value += float(other[n, c, u, v])
+        elif function == "mul":
+            value *= float(other[n, c, u, v])
+        elif function == "gate":
+            value *= float(other[n, c, 0, 0])
+        elif function == "affine":
+            value = value * float(scale[c]) + float(shift[c])
+        out[n, c, u, v] = activate(value, activation)
     return out
 
 

@@ -275,6 +275,11 @@ def test_every_product_has_a_slow_twin():
         "copy_phases": {"phase_planes"},
         "pool_max": {"max_pool2d"},
         "pool_avg": {"avg_pool2d"},
+        "pointwise_same": {"pointwise"},
+        "pointwise_add": {"pointwise"},
+        "pointwise_mul": {"pointwise"},
+        "pointwise_gate": {"pointwise"},
+        "pointwise_affine": {"pointwise"},
     }
     assert twins.keys() == microkernels._WRITERS.keys(), "say which definition a new kernel has"
     assert set().union(*twins.values()) <= naive
