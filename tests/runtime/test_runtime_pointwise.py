@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from models import Builder, randoms
 
 from blocksparse.format import ACTIVATIONS
+from blocksparse.runtime import reference
 from blocksparse.runtime.kernels import records
 from blocksparse.runtime.kernels.kernel import Kernel
 
@@ -202,7 +203,26 @@ def test_feature_maps(function, lanes, activation, channels, image, batch, conca
         least = 2.0**-22 * np.abs(expected)
     assert_near(got, expected, least)
     assert_nothing_else_written(memory, plan, batch)
-    assert_zeros_around(memory, plan, records.ELEMENTWISE, batch)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("image", [(1, 1), (4, 7), (5, 16)], ids=str)
+@pytest.mark.parametrize("padding", [(1, 1), (2, 0), (0, 3)], ids=str)
+def test_a_convolution_finds_zeros_around(function, image, padding):
+    """Whatever memory held, and whatever padding the reader asks for."""
+    model, node = model_of(function, "sigmoid", (3, *image))
+    b = Builder((3, *image))
+    b.nodes, b.vectors = list(model.graph.nodes), model.vectors
+    b.shapes.update({part.name: part.shape for part in b.nodes})
+    taps = tuple(2 * p + 1 for p in padding)
+    b.conv(node, 2, kernel=taps, padding=padding, activation="none")
+    x = randoms(3, 3, *image)
+    engine = engine_of(b.model())
+    clean, _, _ = run_over(engine, x, 0)
+    dirty, plan, memory = run_over(engine, x, np.nan)
+    np.testing.assert_array_equal(dirty, clean)
+    assert_zeros_around(memory, plan, records.ELEMENTWISE, len(x))
+    np.testing.assert_allclose(clean, reference.run(b.model(), x), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("function", ["same", "add", "mul", "affine"])
