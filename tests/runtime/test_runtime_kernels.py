@@ -31,8 +31,13 @@ KERNELS = [
     Kernel("copy_phases"),
     Kernel("pool_max", 3, 3, 2),
     Kernel("pool_avg", 2, 3, 1),
+    Kernel("pointwise_same", activation="silu"),
+    Kernel("pointwise_add", activation="hardswish"),
+    Kernel("pointwise_mul", activation="relu"),
+    Kernel("pointwise_gate", activation="sigmoid"),
+    Kernel("pointwise_affine", activation="relu6"),
 ]
-WITHOUT_FMA = {"copy_phases", "pool_max", "pool_avg"}
+WITHOUT_FMA = {"copy_phases", "pool_max", "pool_avg", "pointwise_add", "pointwise_mul"}
 
 
 def test_every_kernel_is_compiled_for_other_processors():

@@ -94,16 +94,16 @@ class Pointwise(Writer):
         if kind == "relu":
             return self._from_zero(value)
         if kind == "relu6":
-            return self.between(value, self._constant(0), self._constant(6))
+            return self.between(value, self.constant(0), self.constant(6))
         if kind in ("hardsigmoid", "hardswish"):
-            above = b.fadd(value, self._constant(3))
-            gate = self.between(above, self._constant(0), self._constant(6))
-            gate = b.fdiv(gate, self._constant(6))
+            above = b.fadd(value, self.constant(3))
+            gate = self.between(above, self.constant(0), self.constant(6))
+            gate = b.fdiv(gate, self.constant(6))
             return gate if kind == "hardsigmoid" else b.fmul(value, gate)
         if kind in ("sigmoid", "silu"):
-            one = self._constant(1)
+            one = self.constant(1)
             # twice the half: the largest floats are more than the power of two that exp can make
-            divisor = self.fma(self.half_exp(b.fneg(value)), self._constant(2), one)
+            divisor = self.fma(self.half_exp(b.fneg(value)), self.constant(2), one)
             return b.fdiv(one if kind == "sigmoid" else value, divisor)
         return value
 
@@ -113,29 +113,26 @@ class Pointwise(Writer):
         With r the distance to the nearest multiple n of ln(2), it is ``2**(n - 1) * exp(r)``.
         """
         b = self.builder
-        value = self.between(value, self._constant(EXP_LOW), self._constant(EXP_HIGH))
-        shifted = self.fma(value, self._constant(_LOG2_E), self._constant(_ROUND))
-        n = b.fsub(shifted, self._constant(_ROUND))
+        value = self.between(value, self.constant(EXP_LOW), self.constant(EXP_HIGH))
+        shifted = self.fma(value, self.constant(_LOG2_E), self.constant(_ROUND))
+        n = b.fsub(shifted, self.constant(_ROUND))
         r = value
         for part in _LN2:
-            r = self.fma(n, self._constant(-part), r)
+            r = self.fma(n, self.constant(-part), r)
         # in pairs, which do not wait for each other
         square = b.fmul(r, r)
-        coefficients = [self._constant(value) for value in _POLYNOMIAL]
+        coefficients = [self.constant(value) for value in _POLYNOMIAL]
         pairs = zip(coefficients[::2], coefficients[1::2], strict=True)
         total, *rest = (self.fma(high, r, low) for high, low in pairs)
         for pair in rest:
             total = self.fma(total, square, pair)
-        total = b.fadd(self.fma(total, square, r), self._constant(1))
+        total = b.fadd(self.fma(total, square, r), self.constant(1))
         # n is in the lowest bits of what was rounded; it goes to where the exponent of 0.5 is
         kind = ir.VectorType(I32, self.lanes)
         exponent = b.shl(b.bitcast(shifted, kind), ir.Constant(kind, [I32(23)] * self.lanes))
-        half = b.bitcast(self._constant(0.5), kind)
+        half = b.bitcast(self.constant(0.5), kind)
         return b.fmul(total, b.bitcast(b.add(exponent, half), self.vector))
 
     def _from_zero(self, value: ir.Value) -> ir.Value:
-        zero = self._constant(0)
+        zero = self.constant(0)
         return self.builder.select(self.builder.fcmp_ordered("<", value, zero), zero, value)
-
-    def _constant(self, value: float) -> ir.Constant:
-        return ir.Constant(self.vector, [ir.Constant(F32, value)] * self.lanes)

@@ -53,17 +53,14 @@ class Transform(Writer):
             if weight == 0:
                 continue
             if total is None:
-                total = value if weight == 1 else self.builder.fmul(value, self._constant(weight))
+                total = value if weight == 1 else self.builder.fmul(value, self.constant(weight))
             elif weight == 1:
                 total = self.builder.fadd(total, value)
             elif weight == -1:
                 total = self.builder.fsub(total, value)
             else:
-                total = self.fma(self._constant(weight), value, total)
+                total = self.fma(self.constant(weight), value, total)
         return total
-
-    def _constant(self, weight: float) -> ir.Constant:
-        return ir.Constant(self.vector, [ir.Constant(F32, weight)] * self.lanes)
 
     def shuffle(self, a: ir.Value, b: ir.Value, places: list[int]) -> ir.Value:
         """Gather lanes of two vectors."""

@@ -182,6 +182,10 @@ class Writer(Function):
         value = b.select(b.fcmp_ordered("<", value, low), low, value)
         return b.select(b.fcmp_ordered(">", value, high), high, value)
 
+    def constant(self, value: float) -> ir.Constant:
+        """Return a vector of one number."""
+        return ir.Constant(self.vector, [ir.Constant(F32, value)] * self.lanes)
+
     def larger(self, a: ir.Value, value: ir.Value) -> ir.Value:
         """Return the larger of two values; a NaN wins, as in PyTorch's pools."""
         # the first selection takes it from the one, the second from the other
