@@ -9,15 +9,10 @@ import numpy.typing as npt
 
 from . import layout
 from .caches import second_level
-from .kernels import objects, records
+from .kernels import records
 from .kernels.kernel import Kernel
-from .kernels.records import Layout
-from .kernels.target import Target
 from .kernels.winograd_matrices import FILTERINGS, OUTPUTS, PLANES, Filtering
-from .prepack import Packed
-from .products import HALVES, ITEMS, fill_product, lane_bits, pixel_mask, shares_pixels
-from .steps import Step
-from .tables import Tables
+from .products import HALVES, ITEMS, Product, fill_product, lane_bits, pixel_mask, shares_pixels
 from .winograd import unit_rows
 
 BAND_BYTES = second_level() * 3 // 8
@@ -75,17 +70,7 @@ def cut(units: int, unit_bytes: int, in_halves: bool, least: int = 1) -> tuple[i
     return band, -(-units // band)
 
 
-def fill_columns(
-    record: npt.NDArray[np.int64],
-    step: Step,
-    packed: Packed,
-    bias: npt.NDArray[np.float32],
-    target: Target,
-    tables: Tables,
-    output: Layout,
-    kernel: tuple[int, int],
-    batch: int,
-) -> int:
+def fill_columns(product: Product) -> int:
     """Fill the record of a convolution through F(m, r) down the columns.
 
     Returns
@@ -93,9 +78,10 @@ def fill_columns(
     int
         Bytes of scratch memory that a thread needs.
     """
-    lanes, row = target.lanes, output.row
-    filtering = FILTERINGS[kernel[0]]
-    channels = int(record[records.SOURCE + 4])
+    record, packed, attrs = product.record, product.packed, product.step.node.attrs
+    (height, width), batch, output = product.kernel, product.batch, product.output
+    lanes, row, channels = product.target.lanes, output.row, product.source.channels
+    filtering = FILTERINGS[height]
     per_image = -(-output.height // filtering.outputs)
     in_halves = shares_pixels(packed, channels, 4 * batch * per_image * filtering.outputs * row)
     unit_bytes = 4 * filtering.planes * channels * row
@@ -103,41 +89,25 @@ def fill_columns(
     band, bands = cut(batch * per_image, unit_bytes, in_halves, least)
     # the zeros left of the first row, the band, and what its last vector writes and reads beyond
     vectors = -(-band * row // lanes)
-    dilation, left = step.node.attrs["dilation"][1], step.node.attrs["padding"][1]
+    dilation, left = attrs["dilation"][1], attrs["padding"][1]
     lead = lanes if left else 0
     written = band * row + layout.round_up(row, lanes) - row
-    reached = vectors * lanes + (kernel[1] - 1) * dilation - left
+    reached = vectors * lanes + (width - 1) * dilation - left
     line = layout.odd_lines(lead + max(written, reached))
     record[records.LEAD] = lead
     record[records.TILE_ROWS_IMAGE] = per_image
-    record[records.INPUT_KERNEL] = objects.address(
-        Kernel("winograd_input", width=kernel[0]), target
-    )
-    record[records.OUTPUT_KERNEL] = objects.address(
-        Kernel("winograd_output", width=kernel[0]), target
-    )
+    product.call(records.INPUT_KERNEL, Kernel("winograd_input", width=height))
+    product.call(records.OUTPUT_KERNEL, Kernel("winograd_output", width=height))
     columns = np.arange(layout.round_up(row, lanes))
-    record[records.INSIDE] = tables.address(lane_bits(columns < output.width, lanes))
-    record[records.WITHIN] = tables.address(lane_bits(columns < row, lanes))
-    record[records.ZEROS] = tables.address(np.zeros(len(columns), np.float32))
-    offsets = packed.channels.astype(np.int64) * line - step.node.attrs["padding"][1]
-    offsets += packed.positions * dilation
-    scratch = _fill_planes(record, packed, filtering, batch * per_image, band, vectors, line, lanes)
-    _fill(record, step, packed, offsets, bias, target, tables, bands)
-    return scratch
+    product.keep(records.INSIDE, lane_bits(columns < output.width, lanes))
+    product.keep(records.WITHIN, lane_bits(columns < row, lanes))
+    product.keep(records.ZEROS, np.zeros(len(columns), np.float32))
+    offsets = packed.channels.astype(np.int64) * line - left + packed.positions * dilation
+    _fill(product, offsets, bands)
+    return _fill_planes(product, filtering, batch * per_image, band, vectors, line)
 
 
-def fill_lines(
-    record: npt.NDArray[np.int64],
-    step: Step,
-    packed: Packed,
-    bias: npt.NDArray[np.float32],
-    target: Target,
-    tables: Tables,
-    output: Layout,
-    kernel: tuple[int, int],
-    batch: int,
-) -> int:
+def fill_lines(product: Product) -> int:
     """Fill the record of a convolution through F(m, r) along the rows.
 
     Returns
@@ -145,44 +115,33 @@ def fill_lines(
     int
         Bytes of scratch memory that a thread needs.
     """
-    lanes, filtering = target.lanes, FILTERINGS[kernel[1]]
-    channels = int(record[records.SOURCE + 4])
-    run = output.run(batch)
+    packed, output, width = product.packed, product.output, product.kernel[1]
+    lanes, channels = product.target.lanes, product.source.channels
+    filtering, run = FILTERINGS[width], output.run(product.batch)
     units = -(-run // (filtering.outputs * lanes))
     in_halves = shares_pixels(packed, channels, 4 * run)
     band, bands = cut(units, 4 * filtering.planes * channels * lanes, in_halves)
     line = layout.odd_lines(band * lanes)
-    above, left = step.node.attrs["padding"]
-    record[records.PAD_LEFT] = above * output.row + left
-    record[records.INPUT_KERNEL] = objects.address(Kernel("line_input", width=kernel[1]), target)
-    record[records.OUTPUT_KERNEL] = objects.address(Kernel("line_output", width=kernel[1]), target)
-    record[records.INSIDE] = tables.address(pixel_mask(output, batch, lanes))
-    offsets = packed.channels.astype(np.int64) * line
-    scratch = _fill_planes(record, packed, filtering, units, band, band, line, lanes)
-    _fill(record, step, packed, offsets, bias, target, tables, bands)
-    return scratch
+    above, left = product.step.node.attrs["padding"]
+    product.record[records.PAD_LEFT] = above * output.row + left
+    product.call(records.INPUT_KERNEL, Kernel("line_input", width=width))
+    product.call(records.OUTPUT_KERNEL, Kernel("line_output", width=width))
+    product.keep(records.INSIDE, pixel_mask(output, product.batch, lanes))
+    _fill(product, packed.channels * np.int64(line), bands)
+    return _fill_planes(product, filtering, units, band, band, line)
 
 
-def fill_tiles(
-    record: npt.NDArray[np.int64],
-    step: Step,
-    packed: Packed,
-    bias: npt.NDArray[np.float32],
-    target: Target,
-    tables: Tables,
-    output: Layout,
-    kernel: tuple[int, int],
-    batch: int,
-) -> int:
-    """Fill the record of a convolution through F(4x4, 3x3); `kernel` is 3 x 3.
+def fill_tiles(product: Product) -> int:
+    """Fill the record of a convolution through F(4x4, 3x3).
 
     Returns
     -------
     int
         Bytes of scratch memory that a thread needs.
     """
-    lanes, planes = target.lanes, PLANES * PLANES
-    source = records.layout_at(record, records.SOURCE)
+    record, packed, step = product.record, product.packed, product.step
+    source, output, batch = product.source, product.output, product.batch
+    lanes, planes = product.target.lanes, PLANES * PLANES
     _, height, width = step.node.shape
     across, down = -(-width // OUTPUTS), -(-height // OUTPUTS)
     groups = unit_rows(height, width, lanes)
@@ -206,20 +165,17 @@ def fill_tiles(
     record[[records.SUMS_PLANE, records.SUMS_ROW]] = packed.rows * sums, sums
     window = 2 if step.details["pools"] else 1
     record[records.WINDOW] = window
-    kernels = [
-        Kernel(op, rows, groups, kernel[0])
-        for op, rows in (("tile_input", 1), ("tile_output", window))
-    ]
-    record[records.INPUT_KERNEL] = objects.address(kernels[0], target)
-    record[records.OUTPUT_KERNEL] = objects.address(kernels[1], target)
-    record[records.ZEROS] = tables.address(np.zeros((along + 1) * OUTPUTS * lanes, np.float32))
+    taps = product.kernel[0]
+    product.call(records.INPUT_KERNEL, Kernel("tile_input", 1, groups, taps))
+    product.call(records.OUTPUT_KERNEL, Kernel("tile_output", window, groups, taps))
+    product.keep(records.ZEROS, np.zeros((along + 1) * OUTPUTS * lanes, np.float32))
     read = _unit_pixels(OUTPUTS, lanes, groups, along) - step.node.attrs["padding"][1]
     inside = [(at >= 0) & (at < source.width) for at in (read, read + OUTPUTS)]
-    record[records.INSIDE] = tables.address(lane_bits(np.concatenate(inside, axis=1), lanes))
+    product.keep(records.INSIDE, lane_bits(np.concatenate(inside, axis=1), lanes))
     pixel = _unit_pixels(OUTPUTS // window, lanes, groups, along)
     written = [pixel < output.width, pixel < output.row]
-    record[records.WITHIN] = tables.address(lane_bits(np.concatenate(written, axis=1), lanes))
-    _fill(record, step, packed, packed.channels * np.int64(line), bias, target, tables, bands)
+    product.keep(records.WITHIN, lane_bits(np.concatenate(written, axis=1), lanes))
+    _fill(product, packed.channels * np.int64(line), bands)
     return records.HEADER + 4 * planes * (plane + together * packed.rows * sums)
 
 
@@ -233,14 +189,7 @@ def _unit_pixels(width: int, lanes: int, groups: int, along: int) -> npt.NDArray
 
 
 def _fill_planes(
-    record: npt.NDArray[np.int64],
-    packed: Packed,
-    filtering: Filtering,
-    units: int,
-    band: int,
-    vectors: int,
-    line: int,
-    lanes: int,
+    product: Product, filtering: Filtering, units: int, band: int, vectors: int, line: int
 ) -> int:
     """Fill what the planes of a band take in one direction; return their bytes, sums included.
 
@@ -251,38 +200,21 @@ def _fill_planes(
     vectors, line : int
         Vectors of a band that are computed, and floats from one channel of a plane to the next.
     """
-    plane = layout.odd_lines(int(record[records.SOURCE + 4]) * line)
+    record, rows, lanes = product.record, product.packed.rows, product.target.lanes
+    plane = layout.odd_lines(product.source.channels * line)
     sums = layout.odd_lines(vectors * lanes + lanes)
     record[records.TILE_ROWS_ALL] = units
     record[records.BAND] = band
     record[[records.OUTPUTS, records.PLANES_ALL]] = filtering.outputs, filtering.planes
     record[[records.PLANE, records.PLANE_CHANNEL]] = plane, line
-    record[[records.SUMS_PLANE, records.SUMS_ROW]] = packed.rows * sums, sums
-    return records.HEADER + 4 * filtering.planes * (plane + packed.rows * sums)
+    record[[records.SUMS_PLANE, records.SUMS_ROW]] = rows * sums, sums
+    return records.HEADER + 4 * filtering.planes * (plane + rows * sums)
 
 
-def _fill(
-    record: npt.NDArray[np.int64],
-    step: Step,
-    packed: Packed,
-    offsets: npt.NDArray[np.int64],
-    bias: npt.NDArray[np.float32],
-    target: Target,
-    tables: Tables,
-    bands: int,
-) -> None:
-    record[records.LANES] = target.lanes
-    record[records.PAD_TOP] = step.node.attrs["padding"][0]
+def _fill(product: Product, offsets: npt.NDArray[np.int64], bands: int) -> None:
+    record, packed = product.record, product.packed
+    record[records.LANES] = product.target.lanes
+    record[records.PAD_TOP] = product.step.node.attrs["padding"][0]
     record[records.STEP_BYTES] = 4 * packed.rows * packed.columns
-    parts = fill_product(
-        record, step, packed, offsets.astype(np.int32), bias, target, tables, -(-ITEMS // bands)
-    )
+    parts = fill_product(product, offsets.astype(np.int32), -(-ITEMS // bands))
     record[records.ITEMS] = bands * parts
-
-
-FILL = {
-    records.WINOGRAD: fill_columns,
-    records.LINES_CONV: fill_lines,
-    records.TILES_CONV: fill_tiles,
-}
-"""What fills the record of a convolution, by the step that computes it."""

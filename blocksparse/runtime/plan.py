@@ -16,13 +16,13 @@ import numpy.typing as npt
 from blocksparse.format import Model
 
 from . import layout
-from .bands import FILL
+from .bands import fill_columns, fill_lines, fill_tiles
 from .kernels import call_record, loops, objects, records
 from .kernels.kernel import Kernel
 from .kernels.records import Layout
 from .kernels.target import Target
 from .memory import Lifetime, assign
-from .products import ITEMS, fill_conv, fill_linear, lane_bits, pixel_mask
+from .products import ITEMS, Product, fill_conv, fill_linear, lane_bits, pixel_mask
 from .steps import Step, Steps, kernel_size
 from .tables import Tables
 
@@ -33,6 +33,18 @@ CHUNK_FLOATS = 32 * 1024
 """Floats of one work item of a step that only moves data."""
 
 Record = npt.NDArray[np.int64]
+
+FILL = {
+    records.CONV: fill_conv,
+    records.CONV_NM: fill_conv,
+    records.WINOGRAD: fill_columns,
+    records.LINES_CONV: fill_lines,
+    records.TILES_CONV: fill_tiles,
+    records.LINEAR: fill_linear,
+    records.LINEAR_NM: fill_linear,
+}
+"""What fills the record of a product, by the step that computes it; it returns the bytes of scratch
+memory that a thread needs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,13 +122,7 @@ class _Binding:
     def run(self) -> Plan:
         table = np.zeros((len(self.steps.steps), records.FIELDS), np.int64)
         fill: dict[int, Callable[[Record, Step], None]] = {
-            records.CONV: self._product,
-            records.CONV_NM: self._product,
-            records.WINOGRAD: self._product,
-            records.LINES_CONV: self._product,
-            records.TILES_CONV: self._product,
-            records.LINEAR: self._product,
-            records.LINEAR_NM: self._product,
+            **dict.fromkeys(FILL, self._product),
             records.POOL: self._pool,
             records.ADAPTIVE_POOL: self._adaptive_pool,
             records.ELEMENTWISE: self._elementwise,
@@ -323,29 +329,18 @@ class _Binding:
     def _product(self, record: Record, step: Step) -> None:
         assert step.packed is not None
         name = step.node.name
-        source, output = self._layout(step.source), self._layout(step.target)
-        _put(record, records.SOURCE, source)
-        _put(record, records.TARGET, output)
+        _put(record, records.SOURCE, self._layout(step.source))
+        _put(record, records.TARGET, self._layout(step.target))
         if step.other is not None:
             _put(record, records.OTHER, self._layout(step.other))
         bias = self.model.vectors.get(f"{name}.bias")
         if bias is None:
             bias = np.zeros(self.model.weights[name].shape[0], np.float32)
-        if step.op in (records.LINEAR, records.LINEAR_NM):
-            fill_linear(record, step, step.packed, bias, self.target, self.tables)
-        elif step.op in FILL:
-            kernel = kernel_size(self.model, step.node)
-            needed = FILL[step.op](
-                record, step, step.packed, bias, self.target, self.tables, output, kernel,
-                self.batch,
-            )  # fmt: skip
-            self.scratch = max(self.scratch, needed)
-        else:
-            kernel = kernel_size(self.model, step.node)
-            fill_conv(
-                record, step, step.packed, bias, self.target, self.tables, source, output, kernel,
-                self.batch,
-            )  # fmt: skip
+        kernel = kernel_size(self.model, step.node) if step.node.op == "conv2d" else (1, 1)
+        product = Product(
+            record, step, step.packed, bias, kernel, self.batch, self.target, self.tables
+        )
+        self.scratch = max(self.scratch, FILL[step.op](product))
 
 
 def window_sizes(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import inf
 
 import numpy as np
@@ -67,40 +68,74 @@ def tile_widths(op: int, packed: Packed, target: Target) -> tuple[int, ...]:
     return widths
 
 
-def fill_linear(
-    record: npt.NDArray[np.int64],
-    step: Step,
-    packed: Packed,
-    bias: npt.NDArray[np.float32],
-    target: Target,
-    tables: Tables,
-) -> None:
-    """Fill the record of a linear layer; its layouts are there already."""
-    record[records.ITEMS] = fill_product(
-        record, step, packed, packed.channels, bias, target, tables, ITEMS
-    )
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A convolution or linear layer at one batch size, and the record that is filled for it.
+
+    Parameters
+    ----------
+    record : ndarray of int64
+        The record; layouts of what is read and written are there already.
+    step : Step
+        What is computed.
+    packed : Packed
+        With which weight.
+    bias : ndarray of float32, shape (K,)
+        One value an output channel.
+    kernel : tuple of int
+        Kernel height and width; 1 and 1 for a linear layer.
+    batch : int
+        Images.
+    target, tables : Target, Tables
+        What kernels are compiled for, and where arrays are kept.
+    """
+
+    record: npt.NDArray[np.int64]
+    step: Step
+    packed: Packed
+    bias: npt.NDArray[np.float32]
+    kernel: tuple[int, int]
+    batch: int
+    target: Target
+    tables: Tables
+
+    @property
+    def source(self) -> Layout:
+        """Where its input lies; phase planes count as channels."""
+        return records.layout_at(self.record, records.SOURCE)
+
+    @property
+    def output(self) -> Layout:
+        """Where its output lies."""
+        return records.layout_at(self.record, records.TARGET)
+
+    def keep(self, place: int, array: npt.NDArray) -> None:
+        """Put the address of an array into the record."""
+        self.record[place] = self.tables.address(array)
+
+    def call(self, place: int, kernel: Kernel) -> None:
+        """Put the address of a micro-kernel into the record."""
+        self.record[place] = objects.address(kernel, self.target)
 
 
-def fill_conv(
-    record: npt.NDArray[np.int64],
-    step: Step,
-    packed: Packed,
-    bias: npt.NDArray[np.float32],
-    target: Target,
-    tables: Tables,
-    source: Layout,
-    output: Layout,
-    kernel: tuple[int, int],
-    batch: int,
-) -> None:
-    """Fill the record of a convolution, the layout of its input included."""
-    planes = len(layout.phases(step.node, kernel)) if layout.is_strided(step.node) else 1
-    offsets = conv_offsets(step.node, packed, source, kernel)
+def fill_linear(product: Product) -> int:
+    """Fill the record of a linear layer; return the scratch memory a thread needs, none."""
+    product.record[records.ITEMS] = fill_product(product, product.packed.channels, ITEMS)
+    return 0
+
+
+def fill_conv(product: Product) -> int:
+    """Fill the record of a direct convolution; return the scratch memory a thread needs, none."""
+    record, step, packed = product.record, product.step, product.packed
+    source, output = product.source, product.output
+    strided = layout.is_strided(step.node)
+    planes = len(layout.phases(step.node, product.kernel)) if strided else 1
+    offsets = conv_offsets(step.node, packed, source, product.kernel)
     # one channel's phase planes lie before the next channel
     record[records.SOURCE + 1] = source.channel * planes
-    lanes = target.lanes
-    vectors = -(-output.run(batch) // lanes)
-    widest = tile_widths(step.op, packed, target)[-1]
+    lanes = product.target.lanes
+    vectors = -(-output.run(product.batch) // lanes)
+    widest = tile_widths(step.op, packed, product.target)[-1]
     channels = source.channels // planes
     # A tile reads the channels of its group only. With those of all groups, which made panels of a
     # few vectors, MobileNet V2 took 1.05 times as long, and 1.09 at 90 % (Zen 3, medians in turns).
@@ -114,9 +149,9 @@ def fill_conv(
     record[records.VECTORS] = vectors
     record[records.PANEL] = panel
     record[records.LANES] = lanes
-    record[records.MASK] = tables.address(pixel_mask(output, batch, lanes))
-    parts = fill_product(record, step, packed, offsets, bias, target, tables, -(-ITEMS // panels))
-    record[records.ITEMS] = panels * parts
+    product.keep(records.MASK, pixel_mask(output, product.batch, lanes))
+    record[records.ITEMS] = panels * fill_product(product, offsets, -(-ITEMS // panels))
+    return 0
 
 
 def shares_pixels(packed: Packed, channels: int, plane_bytes: int) -> bool:
@@ -250,43 +285,29 @@ def same_steps(packed: Packed, limit: int) -> list[list[RowTile]]:
     return runs
 
 
-def fill_product(
-    record: npt.NDArray[np.int64],
-    step: Step,
-    packed: Packed,
-    offsets: npt.NDArray[np.int32],
-    bias: npt.NDArray[np.float32],
-    target: Target,
-    tables: Tables,
-    parts: int,
-) -> int:
+def fill_product(product: Product, offsets: npt.NDArray[np.int32], parts: int) -> int:
     """Fill what convolutions and linear layers share; return the number of parts.
 
     Parameters
     ----------
-    record : ndarray of int64
-        The record.
-    step, packed : Step, Packed
-        What is computed, with which weight.
+    product : Product
+        The layer.
     offsets : ndarray of int32, shape (S,)
         Place of every kernel step's first input.
-    bias : ndarray of float32, shape (K,)
-        One value an output channel.
-    target, tables : Target, Tables
-        What kernels are compiled for, and where arrays are kept.
     parts : int
         Parts wanted that the row tiles are cut into.
     """
+    record, step, packed = product.record, product.step, product.packed
+    target, tables = product.target, product.tables
     widths = tile_widths(step.op, packed, target)
     record[records.WIDEST] = widths[-1]
     for place, width in enumerate(widths):
-        kernel = kernel_for(step.op, packed, width)
-        record[records.KERNELS + place] = objects.address(kernel, target)
+        product.call(records.KERNELS + place, kernel_for(step.op, packed, width))
     values, indices = tables.address(packed.values), tables.address(packed.indices)
     # a kernel asks for the inputs of the next step: there is one more than steps
     starts = tables.address(np.append(offsets, np.zeros(1, np.int32)))
     # no more of them together than leave the parts wanted
-    limit = min(target.together, -(-len(bias) // parts)) if step.op == records.CONV else 1
+    limit = min(target.together, -(-len(product.bias) // parts)) if step.op == records.CONV else 1
     runs = same_steps(packed, limit)
     rows = np.zeros((len(runs), records.TILE_FIELDS), np.int64)
     for row, run in zip(rows, runs, strict=True):
@@ -307,7 +328,6 @@ def fill_product(
     record[records.PARTS] = tables.integers(boundaries)
     record[records.PARTS_COUNT] = len(boundaries) - 1
     # the last tile may have fewer rows than its kernel reads
-    record[records.BIAS] = tables.address(np.append(bias, np.zeros(packed.rows, np.float32)))
-    bounds = np.array(BOUNDS[step.details["activation"]], np.float32)
-    record[records.BOUNDS] = tables.address(bounds)
+    product.keep(records.BIAS, np.append(product.bias, np.zeros(packed.rows, np.float32)))
+    product.keep(records.BOUNDS, np.array(BOUNDS[step.details["activation"]], np.float32))
     return len(boundaries) - 1

@@ -80,16 +80,9 @@ class LineOutput(Transform):
                 pixels = self.together([b.fadd(v, bias) for v in self.into_outputs(planes)])
                 for i, value in enumerate(pixels):
                     with b.if_then(b.icmp_signed(">", left, I64(i))):
-                        start = b.block
-                        with b.if_then(has_residual):
-                            other = self.load(self.vector, self.step(beside, i * size))
-                            added = b.fadd(value, other)
-                            end = b.block
-                        merged = b.phi(self.vector)
-                        merged.add_incoming(value, start)
-                        merged.add_incoming(added, end)
+                        whole = self.plus(value, self.step(beside, i * size), has_residual)
                         inside = self.mask(self.step(bits, i * self.bit_bytes))
-                        clamped = b.select(inside, self.clamp(merged), zero)
+                        clamped = b.select(inside, self.clamp(whole), zero)
                         self.store(clamped, self.step(y, i * size))
                 return [
                     self.step(x, size),

@@ -111,16 +111,10 @@ class TileOutput(_Tiles):
                 for q, (group, pixel) in enumerate(self.chunks(size)):
                     place = I64(group * size + i)
                     with b.if_then(b.icmp_signed(">", arg["rows"], place)):
-                        inner = b.block
-                        with b.if_then(has_residual):
-                            beside = b.add(residual, b.mul(place, arg["residual_row"]))
-                            other = self.load(self.vector, self.step(beside, pixel * FLOAT_BYTES))
-                            added = b.fadd(pixels[q], other)
-                            end = b.block
-                        merged = b.phi(self.vector)
-                        merged.add_incoming(pixels[q], inner)
-                        merged.add_incoming(added, end)
-                        value = b.select(masks[q], self.clamp(merged), zero)
+                        beside = b.add(residual, b.mul(place, arg["residual_row"]))
+                        beside = self.step(beside, pixel * FLOAT_BYTES)
+                        whole = self.plus(pixels[q], beside, has_residual)
+                        value = b.select(masks[q], self.clamp(whole), zero)
                         to = b.add(y_start, b.mul(place, arg["y_row"]))
                         to = self.step(to, pixel * FLOAT_BYTES)
                         self.store_first(value, to, masks[size + q])

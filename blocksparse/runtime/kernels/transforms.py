@@ -62,6 +62,18 @@ class Transform(Writer):
                 total = self.fma(self.constant(weight), value, total)
         return total
 
+    def plus(self, value: ir.Value, residual: ir.Value, is_there: ir.Value) -> ir.Value:
+        """Add the vector at an address, if there is one: elsewhere nothing may be read."""
+        b = self.builder
+        start = b.block
+        with b.if_then(is_there):
+            added = b.fadd(value, self.load(self.vector, residual))
+            end = b.block
+        merged = b.phi(self.vector)
+        merged.add_incoming(value, start)
+        merged.add_incoming(added, end)
+        return merged
+
     def shuffle(self, a: ir.Value, b: ir.Value, places: list[int]) -> ir.Value:
         """Gather lanes of two vectors."""
         mask = ir.Constant(ir.VectorType(I32, len(places)), [I32(place) for place in places])
@@ -189,15 +201,9 @@ class WinogradOutput(Transform):
                 for i, sums in enumerate(self.into_outputs(planes)):
                     value = b.fadd(sums, bias)
                     with b.if_then(b.icmp_signed(">", arg["rows"], I64(i))):
-                        start = b.block
-                        with b.if_then(has_residual):
-                            # beyond the row lies another one, or padding: always memory of ours
-                            added = b.fadd(value, self.load(self.vector, beside))
-                            end = b.block
-                        merged = b.phi(self.vector)
-                        merged.add_incoming(value, start)
-                        merged.add_incoming(added, end)
-                        clamped = b.select(inside, self.clamp(merged), zero)
+                        # beyond the row lies another one, or padding: always memory of ours
+                        whole = self.plus(value, beside, has_residual)
+                        clamped = b.select(inside, self.clamp(whole), zero)
                         self.store_first(clamped, y, within)
                     y, beside = b.add(y, arg["y_row"]), b.add(beside, arg["residual_row"])
                 return [self.step(at, self.lanes * FLOAT_BYTES), self.step(bits, self.bit_bytes)]
