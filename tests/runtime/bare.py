@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from blocksparse.runtime import compiled
+from blocksparse.runtime import algorithms, compiled
 from blocksparse.runtime.calls import CallMemory
 from blocksparse.runtime.kernels import call_record as c
 from blocksparse.runtime.kernels import objects, records
 from blocksparse.runtime.kernels.target import host
 from blocksparse.runtime.layout import ALIGN, round_up
+from blocksparse.runtime.steps import lower
 
 LANES = (4, 8, 16)
 """Vector lengths; LLVM cuts those the processor does not have."""
@@ -51,6 +52,20 @@ def engine_of(model, lanes=None):
         return compiled.CompiledEngine(model)
     finally:
         compiled.host = kept
+
+
+def forced(model, way, lanes=None):
+    """A compiled engine that computes every convolution one way, if it has that way."""
+    engine = engine_of(model, lanes)
+    ways = {
+        node.name: way
+        for node in model.graph.nodes
+        if node.op == "conv2d"
+        and way in algorithms.ways(node, model.weights[node.name], engine.target, True)
+    }
+    assert ways
+    engine._steps = lower(model, engine.target, ways)
+    return engine
 
 
 def shuffled(call, expected, seeds=(0, 1)):

@@ -14,6 +14,7 @@ from bare import (
     assert_nothing_else_written,
     assert_zeros_around,
     engine_of,
+    forced,
     run_over,
     shuffled,
 )
@@ -23,10 +24,9 @@ from models import Builder, randoms
 from test_runtime_program import Helpers
 from test_runtime_winograd import LAYOUTS, UNIT, Case, case_of, integers_of
 
-from blocksparse.runtime import algorithms, bands, winograd
+from blocksparse.runtime import algorithms, bands
 from blocksparse.runtime.kernels import records
 from blocksparse.runtime.kernels.winograd_matrices import FILTERINGS
-from blocksparse.runtime.steps import kernel_size, lower
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,19 +39,8 @@ def _small_bands():
 
 
 def along_rows(model, lanes=None):
-    """The compiled engine, along the rows wherever that can be."""
-    engine = engine_of(model, lanes)
-    engine._steps = lower(
-        model,
-        engine.target,
-        {
-            node.name: algorithms.Algorithm.ROWS
-            for node in model.graph.nodes
-            if node.op == "conv2d" and winograd.fits_rows(node, kernel_size(model, node))
-        },
-    )
-    assert any(step.op == records.LINES_CONV for step in engine.steps.steps)
-    return engine
+    """The compiled engine, with rows wherever they can be."""
+    return forced(model, algorithms.Algorithm.ROWS, lanes)
 
 
 def lines_of(plan):

@@ -14,6 +14,7 @@ from bare import (
     assert_nothing_else_written,
     assert_zeros_around,
     engine_of,
+    forced,
     run_over,
     shuffled,
 )
@@ -23,10 +24,9 @@ from models import Builder, randoms
 from test_runtime_program import Helpers
 from test_runtime_winograd import LAYOUTS, UNIT, Case, case_of
 
-from blocksparse.runtime import algorithms, bands, winograd
+from blocksparse.runtime import algorithms, bands
 from blocksparse.runtime.kernels import records
 from blocksparse.runtime.kernels.winograd_matrices import FILTERINGS
-from blocksparse.runtime.steps import kernel_size, lower
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,18 +40,7 @@ def _small_bands():
 
 def tiled(model, lanes=None):
     """The compiled engine, with tiles in both directions wherever they can be."""
-    engine = engine_of(model, lanes)
-    engine._steps = lower(
-        model,
-        engine.target,
-        {
-            node.name: algorithms.Algorithm.TILES
-            for node in model.graph.nodes
-            if node.op == "conv2d" and winograd.fits_tiles(node, kernel_size(model, node))
-        },
-    )
-    assert any(step.op == records.TILES_CONV for step in engine.steps.steps)
-    return engine
+    return forced(model, algorithms.Algorithm.TILES, lanes)
 
 
 def products_of(plan):
