@@ -213,11 +213,12 @@ def points(
 def _reasons(calls: Sequence[Call], rounds: int) -> list[tuple[str, ...]]:
     """Name the layers of each call that take longest beyond the neighbours', per pixel."""
     traces = _traces(calls, rounds)
-    layers = {name: [0.0] * len(calls) for name in traces[0][0].by_node()}
-    for i, call in enumerate(calls):
-        runs = [trace.by_node() for trace in traces[i]]
+    times = [[trace.by_node() for trace in each] for each in traces]
+    # which nodes have steps of their own depends on how the network is computed at a size
+    layers = {name: [0.0] * len(calls) for (first, *_) in times for name in first}
+    for i, (call, runs) in enumerate(zip(calls, times, strict=True)):
         for name, values in layers.items():
-            values[i] = median(run[name] for run in runs) / call.pixels
+            values[i] = median(run.get(name, 0.0) for run in runs) / call.pixels
     normal = {name: beside(values) for name, values in layers.items()}
     result = []
     for i, (trace, *_) in enumerate(traces):
@@ -256,7 +257,7 @@ def shares(one: Call, several: Call, rounds: int) -> tuple[Share, ...]:
     single = [trace.by_node() for trace in alone]
     rows = []
     for name in single[0]:
-        mine = [i for i, step in enumerate(steps) if step.node.name == name]
+        mine = [i for i, step in enumerate(steps) if step.owner == name]
         idle = []
         for trace in together:
             busy = trace.busy_ns[:, mine]  # threads meet after every step: the slowest of each

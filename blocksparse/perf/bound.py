@@ -141,7 +141,9 @@ def traffic(model: Model, steps: Sequence[Step], batch: int) -> Traffic:
         floats = 2 * prod(node.shape)
     else:
         whole = sum(prod(shapes[name]) for name in {*node.inputs})
-        floats = whole - _skipped(model, node, shapes[node.inputs[0]]) + prod(node.shape)
+        # a convolution that takes in the pool behind it writes what that leaves
+        written = prod(shapes[steps[-1].target])
+        floats = whole - _skipped(model, node, shapes[node.inputs[0]]) + written
     return Traffic(weight_bytes(model, node.name), FLOAT_BYTES * batch * floats)
 
 

@@ -217,7 +217,7 @@ def _node_times(
     result: dict[str, dict[str, Timing]] = {}
     for name, network in networks.items():
         assert isinstance(network.engine, CompiledEngine)
-        owners = [step.node.name for step in network.engine.steps.steps]
+        owners = [step.owner for step in network.engine.steps.steps]
         # The first call of each turn only warms the caches.
         nodes, index = np.unique(owners, return_inverse=True)
         per_node = np.zeros((len(calls[name]) // 2, len(nodes)))

@@ -231,7 +231,6 @@ class Algorithms:
         known = self._memory.read()
         self.choices: dict[str, Choice] = {}
         self.open: dict[str, list[Algorithm]] = {}
-        self.pools: dict[str, str] = {}  # max pools that tiles can take in, by convolution
         self._keys: dict[str, str] = {}
         for node in model.graph.nodes:
             if node.op != "conv2d":
@@ -240,10 +239,10 @@ class Algorithms:
             listed = ways(node, weight, target, allow_winograd)
             if len(listed) == 1 or work(node, weight) < MEASURED_FLOPS:
                 continue
-            pool = winograd.pool_after(model.graph, node, target.lanes)
-            if pool is not None and Algorithm.TILES in listed:
-                self.pools[node.name] = pool.name
-            self._keys[node.name] = layer_key(node, weight, node.name in self.pools)
+            pooled = any(way.tiles for way in listed) and bool(
+                winograd.pool_after(model.graph, node, target.lanes)
+            )
+            self._keys[node.name] = layer_key(node, weight, pooled)
             times = known.get(self._keys[node.name], {})
             if set(listed) <= set(times):
                 self.choices[node.name] = _best({way: times[way] for way in listed})

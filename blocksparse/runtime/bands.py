@@ -12,6 +12,7 @@ from .caches import second_level
 from .kernels import records
 from .kernels.kernel import Kernel
 from .kernels.winograd_matrices import FILTERINGS, OUTPUTS, PLANES, Filtering
+from .prepack import Packed
 from .products import HALVES, ITEMS, Product, fill_product, lane_bits, pixel_mask, shares_pixels
 from .winograd import unit_rows
 
@@ -70,6 +71,11 @@ def cut(units: int, unit_bytes: int, in_halves: bool, least: int = 1) -> tuple[i
     return band, -(-units // band)
 
 
+def _least(packed: Packed) -> int:
+    """Units, or tile rows of narrow images, that a band should hold: enough for `FULL_ROWS`."""
+    return records.UNITS if packed.rows < FULL_ROWS else 1
+
+
 def fill_columns(product: Product) -> int:
     """Fill the record of a convolution through F(m, r) down the columns.
 
@@ -85,8 +91,7 @@ def fill_columns(product: Product) -> int:
     per_image = -(-output.height // filtering.outputs)
     in_halves = shares_pixels(packed, channels, 4 * batch * per_image * filtering.outputs * row)
     unit_bytes = 4 * filtering.planes * channels * row
-    least = 2 if packed.rows < FULL_ROWS else 1
-    band, bands = cut(batch * per_image, unit_bytes, in_halves, least)
+    band, bands = cut(batch * per_image, unit_bytes, in_halves, _least(packed))
     # the zeros left of the first row, the band, and what its last vector writes and reads beyond
     vectors = -(-band * row // lanes)
     dilation, left = attrs["dilation"][1], attrs["padding"][1]
@@ -120,7 +125,8 @@ def fill_lines(product: Product) -> int:
     filtering, run = FILTERINGS[width], output.run(product.batch)
     units = -(-run // (filtering.outputs * lanes))
     in_halves = shares_pixels(packed, channels, 4 * run)
-    band, bands = cut(units, 4 * filtering.planes * channels * lanes, in_halves)
+    unit_bytes = 4 * filtering.planes * channels * lanes
+    band, bands = cut(units, unit_bytes, in_halves, _least(packed))
     line = layout.odd_lines(band * lanes)
     above, left = product.step.node.attrs["padding"]
     product.record[records.PAD_LEFT] = above * output.row + left
@@ -148,9 +154,8 @@ def fill_tiles(product: Product) -> int:
     along = -(-across * groups // lanes)
     per_image = -(-down // groups) * along
     in_halves = shares_pixels(packed, source.channels, 4 * batch * height * source.row)
-    least = records.UNITS if packed.rows < FULL_ROWS else 1
     unit_bytes = 4 * planes * source.channels * lanes
-    band, bands = cut(batch * per_image, unit_bytes, in_halves, least)
+    band, bands = cut(batch * per_image, unit_bytes, in_halves, _least(packed))
     line = layout.odd_lines(band * lanes)
     plane = layout.odd_lines(source.channels * line)
     record[records.TILE_ROWS_ALL] = batch * per_image

@@ -63,6 +63,8 @@ def choice_of(
         reason += f"; {measured}"
     if copies:
         reason += "; input split into phase planes for its stride"
+    if product.details.get("pools"):
+        reason += "; takes in the max pool behind it"
     if product is not steps[-1]:
         reason += f"; then {node.attrs['activation']} in place"
     return f"f32_{pattern}_{op}_{node.attrs['activation']}", reason

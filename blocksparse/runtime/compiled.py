@@ -210,10 +210,7 @@ class CompiledEngine:
             self.algorithms.settle(
                 {
                     name: {
-                        way: min(
-                            round_[name] + round_.get(self.algorithms.pools.get(name, ""), 0.0)
-                            for round_ in taken[number][1:]
-                        )
+                        way: min(round_[name] for round_ in taken[number][1:])
                         for number, way in enumerate(ways)
                     }
                     for name, ways in layers.items()

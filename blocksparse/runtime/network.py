@@ -173,7 +173,7 @@ def load(
         the two that can run here, and says so in the log where that is the second. What is tried
         are the loops; a layer's kernel that cannot be compiled is an error of the first call.
     winograd : bool
-        Whether convolutions of kernel height 3 may go through Winograd's transforms where that was
+        Whether convolutions of 3, 5 or 7 taps may go through Winograd's transforms where that was
         measured to be faster. False keeps to direct sums: slower, with smaller rounding errors.
 
     Returns

@@ -63,7 +63,7 @@ def tile_widths(op: int, packed: Packed, target: Target) -> tuple[int, ...]:
         # multiply-add waits for the one before. MobileNet V2 takes 0.96 of the time so, and 0.94 at
         # 90 % (medians of rounds in turns, Zen 3, one and two threads alike).
         return KERNELS[records.CONV_NM][1]
-    if op in (records.CONV, records.LINES_CONV, records.TILES_CONV):
+    if op in (records.CONV, records.WINOGRAD, records.LINES_CONV, records.TILES_CONV):
         return tuple(width for width in widths if width <= target.vectors)
     return widths
 

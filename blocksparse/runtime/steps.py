@@ -48,6 +48,15 @@ class Step:
     packed: Packed | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def owner(self) -> str:
+        """Node whose time this is when ways to compute a network are compared.
+
+        A pool that tiles of the convolution before it could take in counts to that one, so that
+        its time is the same work whichever way it went.
+        """
+        return str(self.details.get("pool_of", self.node.name))
+
 
 @dataclass(frozen=True)
 class Place:
@@ -218,6 +227,9 @@ class _Lowering:
             self._elementwise(node, "same", node.name, None, activation)
 
     def _pool(self, node: Node) -> Node | None:
+        """Return the pool that tiles of a convolution can take in."""
+        if not winograd.fits_tiles(node, kernel_size(self.model, node)):
+            return None
         return winograd.pool_after(self.model.graph, node, self.target.lanes)
 
     def _prepared(self, node: Node, weight: Weight, source: str) -> tuple[Algorithm, Packed]:
@@ -327,7 +339,12 @@ class _Lowering:
     def _max_pool2d(self, node: Node) -> None:
         if node.name in self.written:
             return
-        self._emit(records.POOL, node, node.inputs[0], node.name, kind=records.MAX_POOL)
+        (source,) = node.inputs
+        before = next((other for other in self.model.graph.nodes if other.name == source), None)
+        of = node
+        if before is not None and before.op == "conv2d" and self._pool(before) is node:
+            of = before
+        self._emit(records.POOL, node, source, node.name, kind=records.MAX_POOL, pool_of=of.name)
 
     def _avg_pool2d(self, node: Node) -> None:
         self._emit(records.POOL, node, node.inputs[0], node.name, kind=records.AVG_POOL)

@@ -35,10 +35,10 @@ class Trace:
     busy_ns: npt.NDArray[np.int64]
 
     def by_node(self) -> dict[str, float]:
-        """Milliseconds of every node: the sum of its steps."""
+        """Milliseconds of every node: the sum of the steps that count to it, see `Step.owner`."""
         result: dict[str, float] = {}
         for step, nanoseconds in zip(self.steps, self.step_ns.tolist(), strict=True):
-            result[step.node.name] = result.get(step.node.name, 0.0) + nanoseconds / 1e6
+            result[step.owner] = result.get(step.owner, 0.0) + nanoseconds / 1e6
         return result
 
 

@@ -101,7 +101,8 @@ def pool_after(graph: Graph, node: Node, lanes: int) -> Node | None:
 
     It has to be the only reader, with windows of 2 x 2 that neither overlap nor are padded: a tile
     holds four of them. A convolution with a residual, or with an activation that is no clamp, is
-    not finished when its tiles are.
+    not finished when its tiles are. Where a unit covers four tile rows, a row of pooled pixels is
+    half a vector, which nobody stores.
     """
     readers = [other for other in graph.nodes if node.name in other.inputs]
     if len(node.inputs) > 1 or node.attrs["activation"] not in CLAMPS:

@@ -261,3 +261,17 @@ def test_tolerance_grows_with_the_longest_path(tmp_path):
     # may err three times as much, which is nine times in quadrature.
     expected = 4 * 2**-23 * 5.0 * np.sqrt(9 * (27 + 144) + 16 + 16)
     assert tolerance(read(report.path), 5.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "error"),
+    [
+        ((3, 3), 1, 3), ((1, 3), 1, 1.4), ((3, 1), 1, 1.4), ((1, 7), 1, 2.1), ((5, 5), 1, 2.1),
+        ((7, 3), 1, 2.1), ((3, 3), 2, 1), ((1, 1), 1, 1), ((2, 2), 1, 1),
+    ],
+)  # fmt: skip
+def test_tolerance_knows_what_may_run_through_winograd(tmp_path, kernel, stride, error):
+    model = nn.Sequential(nn.Conv2d(3, 4, kernel, stride), nn.Flatten())
+    report = export_file(model.eval(), tmp_path / "net.bsr.safetensors", images(1, 3, 9, 9))
+    expected = 4 * 2**-23 * 5.0 * np.sqrt(round(error**2 * 3 * kernel[0] * kernel[1]))
+    assert tolerance(read(report.path), 5.0) == pytest.approx(expected)

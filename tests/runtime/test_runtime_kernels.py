@@ -28,6 +28,7 @@ KERNELS = [
     Kernel("line_output", width=7),
     Kernel("tile_input", 1, 2, 3),
     Kernel("tile_output", 1, 2, 3),
+    Kernel("tile_output", 2, 1, 3),
     Kernel("copy_phases"),
     Kernel("pool_max", 3, 3, 2),
     Kernel("pool_avg", 2, 3, 1),

@@ -11,9 +11,11 @@ from models import Builder, randoms
 from test_runtime_tiles import CASES, WIDTHS, tiled
 from test_runtime_winograd import case_of
 
+from blocksparse.perf.bound import traffic
 from blocksparse.runtime import algorithms, bands, compiled, winograd
-from blocksparse.runtime.algorithms import Algorithm, layer_key
+from blocksparse.runtime.algorithms import layer_key
 from blocksparse.runtime.kernels import records
+from blocksparse.runtime.trace import Trace
 
 POOL = {
     "kernel": (2, 2),
@@ -112,33 +114,40 @@ def test_a_pool_is_not_taken_in_where_the_values_before_it_are_wanted():
         assert (winograd.pool_after(graph, graph.nodes[0], 8) is not None) == taken
 
 
-def test_the_time_of_a_layer_has_its_pool_in_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("layout", ["dense", ("nm", 2, 4), ("bsr", (1, 1), 0.5)], ids=str)
+def test_the_time_of_a_layer_has_its_pool_in_it(tmp_path, monkeypatch, layout):
     """Tiles take 5 ms, direct sums 4 and the pool behind them 2: tiles are the faster way."""
     monkeypatch.setattr(algorithms, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(algorithms, "MEASURED_FLOPS", 1)
-    b = Builder((3, 8, 70))
-    b.node("max_pool2d", b.conv("x", 4), **POOL)
+    b = Builder((8, 8, 70))
+    b.node("max_pool2d", b.conv("x", 8, layout=layout), **POOL)
     conv, pool = b.model().graph.nodes
+    milliseconds = {True: 5, False: 4}
 
-    class Times:
-        def __init__(self, steps, times):
-            self.ways = {step.details.get("way") for step in steps.steps}
+    def stub(steps, times):
+        taken = [
+            2 if step.op == records.POOL else
+            milliseconds[step.details["way"].tiles] if "way" in step.details else 0
+            for step in steps.steps
+        ]  # fmt: skip
+        return Trace(steps.steps, 1_000_000 * np.array(taken), np.zeros((1, len(taken))))
 
-        def by_node(self):
-            if Algorithm.TILES in self.ways:
-                return {conv.name: 5.0}
-            return {conv.name: 9.0 if Algorithm.COLUMNS in self.ways else 4.0, pool.name: 2.0}
-
-    monkeypatch.setattr(compiled, "trace", Times)
+    monkeypatch.setattr(compiled, "trace", stub)
     engine = compiled.CompiledEngine(b.model())
-    engine.run(randoms(1, 3, 8, 70), 1)
+    engine.run(randoms(1, 8, 8, 70), 1)
     choice = engine.algorithms.choices[conv.name]
-    assert choice.algorithm == Algorithm.TILES
-    assert choice.milliseconds == {
-        "direct": 6.0, "winograd columns": 11.0, "winograd tiles": 5.0,
-    }  # fmt: skip
+    assert choice.algorithm.tiles
+    found = {way: ms for way, ms in choice.milliseconds.items() if not way.endswith("tiles")}
+    assert set(found.values()) == {6.0}, "the pool is in it"
+    assert choice.milliseconds[str(choice.algorithm)] == 5.0
     rows = {row.name: row for row in engine.choices()}
     assert rows[pool.name].kernel == "none"
     assert "the node before it" in rows[pool.name].reason
+    assert "takes in the max pool" in rows[conv.name].reason
     weight = b.weights[conv.name]
     assert layer_key(conv, weight, True) != layer_key(conv, weight)
+    assert traffic(b.model(), products(engine), 1).activations == 4 * 8 * (8 * 70 + 4 * 35)
+
+
+def products(engine):
+    return [step for step in engine.steps.steps if step.packed is not None]

@@ -17,7 +17,7 @@ is broadcast against it, and a zero weight skips the multiplication altogether.
   output features instead; packed N:M has one output feature at a time and is a scalar product.
 
 ``copy_phases``, the pools and the pointwise kernels have no weights; they are here because Numba's
-loops over the short rows of a late layer do not become vector code.
+loops over the short rows of a late layer, or with an exponential, do not become vector code.
 
 All arguments are 64-bit integers, addresses included, so one Numba intrinsic calls every kernel.
 Strides are in bytes.
