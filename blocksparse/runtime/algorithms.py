@@ -54,19 +54,10 @@ class Algorithm(StrEnum):
         return self.value.startswith("dense")
 
     @property
-    def columns(self) -> bool:
-        """Whether the sums go through Winograd's transforms down the columns."""
-        return self.value.endswith("columns")
-
-    @property
-    def rows(self) -> bool:
-        """Whether the sums go through Winograd's transforms along the rows."""
-        return self.value.endswith("rows")
-
-    @property
-    def tiles(self) -> bool:
-        """Whether the sums go through Winograd's transforms in both directions."""
-        return self.value.endswith("tiles")
+    def transforms(self) -> str:
+        """Which of Winograd's transforms the sums go through: columns, rows, tiles, or none, ""."""
+        _, found, kind = self.value.rpartition("winograd ")
+        return kind if found else ""
 
 
 @dataclass(frozen=True)
@@ -239,7 +230,7 @@ class Algorithms:
             listed = ways(node, weight, target, allow_winograd)
             if len(listed) == 1 or work(node, weight) < MEASURED_FLOPS:
                 continue
-            pooled = any(way.tiles for way in listed) and bool(
+            pooled = any(way.transforms == "tiles" for way in listed) and bool(
                 winograd.pool_after(model.graph, node, target.lanes)
             )
             self._keys[node.name] = layer_key(node, weight, pooled)

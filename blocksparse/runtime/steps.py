@@ -208,7 +208,7 @@ class _Lowering:
         way = Algorithm.DIRECT
         if op == records.CONV:
             way, packed = self._prepared(node, weight, source)
-            op = next((other for kind, other, _ in _WINOGRAD if kind(way)), op)
+            op = _WINOGRAD[way.transforms][0] if way.transforms else op
         else:
             packed = pack(weight, groups, self.target)
             release(weight)
@@ -243,10 +243,10 @@ class _Lowering:
         packed = self.packs[node.name, stored]
         if way is None:
             way = Algorithm.COLUMNS if self._rule(node, packed, source) else Algorithm.DIRECT
-        transform = next((transform for kind, _, transform in _WINOGRAD if kind(way)), None)
-        if transform is not None and (node.name, way) not in self.packs:
+        if way.transforms and (node.name, way) not in self.packs:
+            _, transform = _WINOGRAD[way.transforms]
             self.packs[node.name, way] = transform(packed, kernel_size(self.model, node))
-        return way, packed if transform is None else self.packs[node.name, way]
+        return way, self.packs[node.name, way] if way.transforms else packed
 
     def _rule(self, node: Node, packed: Packed, source: str) -> bool:
         """Whether a layer that nobody measured goes through Winograd."""
@@ -359,12 +359,12 @@ class _Lowering:
         self._emit(records.ADAPTIVE_POOL, node, node.inputs[0], target, flat=target != node.name)
 
 
-_WINOGRAD: list[tuple[Callable[[Algorithm], bool], int, Callable[..., Packed]]] = [
-    (lambda way: way.columns, records.WINOGRAD, winograd.columns),
-    (lambda way: way.rows, records.LINES_CONV, winograd.rows),
-    (lambda way: way.tiles, records.TILES_CONV, winograd.tiles),
-]
-"""Ways through Winograd's transforms, what runs them, and what prepares their weights."""
+_WINOGRAD: dict[str, tuple[int, Callable[[Packed, tuple[int, int]], Packed]]] = {
+    "columns": (records.WINOGRAD, winograd.columns),
+    "rows": (records.LINES_CONV, winograd.rows),
+    "tiles": (records.TILES_CONV, winograd.tiles),
+}
+"""By `Algorithm.transforms`: what runs a convolution, and what prepares its weight."""
 
 _HANDLERS: dict[str, Callable[[_Lowering, Node], None]] = {
     "conv2d": _Lowering._conv2d,

@@ -122,9 +122,8 @@ def test_what_the_names_of_the_ways_say():
     assert [way for way in Algorithm if way.dense] == [
         DENSE, DENSE_COLUMNS, DENSE_ROWS, DENSE_TILES,
     ]  # fmt: skip
-    assert [way for way in Algorithm if way.columns] == [COLUMNS, DENSE_COLUMNS]
-    assert [way for way in Algorithm if way.rows] == [ROWS, DENSE_ROWS]
-    assert [way for way in Algorithm if way.tiles] == [TILES, DENSE_TILES]
+    kinds = ["", "columns", "rows", "tiles"]
+    assert [way.transforms for way in Algorithm] == kinds * 2
 
 
 def test_work_is_that_of_the_nonzeros():
@@ -188,14 +187,14 @@ def test_every_way_is_right_for_every_layout(folder):
             direct = records.CONV_NM if layout[0] == "nm" and not way.dense else records.CONV
             ops = {"columns": records.WINOGRAD, "rows": records.LINES_CONV,
                    "tiles": records.TILES_CONV}  # fmt: skip
-            (op,) = [ops[name] for name in ops if getattr(way, name)] or [direct]
+            op = ops.get(way.transforms, direct)
             assert {step.op for step in steps} == {op}
             for row in engine.choices():
                 assert ("dense" in row.kernel) == (way.dense or layout == "dense")
                 named = [name for name in ops if f"winograd_{name}" in row.kernel]
-                assert named == [name for name in ops if getattr(way, name)]
+                assert named == ([way.transforms] if way.transforms else [])
             if layout != "dense":  # the zeros of a sparse weight are stored where it is dense
-                channels, taps = (13, 21), (way.columns and 3) or (way.tiles and 1) or 9
+                channels, taps = (13, 21), {"columns": 3, "tiles": 1}.get(way.transforms, 9)
                 whole = [step.packed.columns * len(step.packed.channels) for step in steps]
                 full = [count * taps for count in channels]
                 assert way.dense == (whole == full and not steps[0].packed.group)

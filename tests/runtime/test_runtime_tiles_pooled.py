@@ -127,7 +127,7 @@ def test_the_time_of_a_layer_has_its_pool_in_it(tmp_path, monkeypatch, layout):
     def stub(steps, times):
         taken = [
             2 if step.op == records.POOL else
-            milliseconds[step.details["way"].tiles] if "way" in step.details else 0
+            milliseconds[step.details["way"].transforms == "tiles"] if "way" in step.details else 0
             for step in steps.steps
         ]  # fmt: skip
         return Trace(steps.steps, 1_000_000 * np.array(taken), np.zeros((1, len(taken))))
@@ -136,7 +136,7 @@ def test_the_time_of_a_layer_has_its_pool_in_it(tmp_path, monkeypatch, layout):
     engine = compiled.CompiledEngine(b.model())
     engine.run(randoms(1, 8, 8, 70), 1)
     choice = engine.algorithms.choices[conv.name]
-    assert choice.algorithm.tiles
+    assert choice.algorithm.transforms == "tiles"
     found = {way: ms for way, ms in choice.milliseconds.items() if not way.endswith("tiles")}
     assert set(found.values()) == {6.0}, "the pool is in it"
     assert choice.milliseconds[str(choice.algorithm)] == 5.0

@@ -82,11 +82,13 @@ PAD_TOP = 22
 PLANE, PLANE_CHANNEL = 23, 24  # from one plane of transformed input, and its channels, to the next
 SUMS_PLANE, SUMS_ROW = 25, 26  # the same for the products of one row tile
 STEP_BYTES = 27  # weights of one kernel step
+# down the columns and along the rows: outputs of a tile, down or along, and planes
+OUTPUTS, PLANES_ALL = 28, 29
+# down the columns
 LEAD = 30  # floats of a line before the band's first row, zeros, if any
-OUTPUTS, PLANES_ALL = 28, 29  # rows of outputs of a tile row, or pixels of a tile; and planes
-# along the rows: tile rows are units, one vector of tiles, and
+# along the rows, where a tile row is a unit: one vector of tiles
 PAD_LEFT = 30  # floats from the first input of the first output to the place of that output
-# for tiles in both directions: tile rows are units, and OUTPUTS and PLANES_ALL do not count, but
+# in tiles, where a tile row is a unit, too, and PAD_LEFT is a number of columns
 GROUPS, UNITS_ROW = 28, 29  # tile rows of a unit, units along a row
 WINDOW = 58  # rows and columns of outputs of which the largest is written: 1 or 2
 TOGETHER = 32  # row tiles that go through the planes together
