@@ -12,7 +12,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from .transforms import Transform
-from .writer import F32, FLOAT_BYTES, I64
+from .writer import FLOAT_BYTES, I64
 
 
 class LineInput(Transform):
@@ -67,10 +67,9 @@ class LineOutput(Transform):
         has_residual = b.icmp_unsigned("!=", arg["residual"], I64(0))
         zero = ir.Constant(self.vector, None)
 
-        def channel(state: list[ir.Value]) -> list[ir.Value]:
-            x_start, y_start, residual, bias_at = state
-            bias = self.splat(self.load(F32, bias_at), self.vector)
-
+        def channel(
+            x_start: ir.Value, y_start: ir.Value, residual: ir.Value, bias: ir.Value
+        ) -> None:
             def unit(state: list[ir.Value]) -> list[ir.Value]:
                 x, y, beside, bits, left = state
                 at, planes = x, []
@@ -93,12 +92,5 @@ class LineOutput(Transform):
                 ]
 
             self.loop([x_start, y_start, residual, arg["masks"], arg["vectors"]], unit)
-            return [
-                b.add(x_start, arg["x_channel"]),
-                b.add(y_start, arg["y_channel"]),
-                b.add(residual, arg["residual_channel"]),
-                self.step(bias_at, FLOAT_BYTES),
-            ]
 
-        self.loop([arg["x"], arg["y"], arg["residual"], arg["bias"]], channel, arg["channels"])
-        b.ret_void()
+        self.each_output(channel)

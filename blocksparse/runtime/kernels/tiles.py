@@ -14,7 +14,7 @@ from llvmlite import ir
 
 from .transforms import Transform
 from .winograd_matrices import OUTPUTS, PLANES
-from .writer import F32, FLOAT_BYTES, I64
+from .writer import FLOAT_BYTES, I64
 
 
 class _Tiles(Transform):
@@ -97,9 +97,7 @@ class TileOutput(_Tiles):
         has_residual = b.icmp_unsigned("!=", arg["residual"], I64(0))
         masks = [self.mask(self.step(arg["masks"], i * self.bit_bytes)) for i in range(2 * size)]
 
-        def channel(state: list[ir.Value]) -> list[ir.Value]:
-            x, y_start, residual, bias_at = state
-            bias = self.splat(self.load(F32, bias_at), self.vector)
+        def channel(x: ir.Value, y_start: ir.Value, residual: ir.Value, bias: ir.Value) -> None:
             at, planes = x, []
             for _ in range(PLANES * PLANES):
                 planes.append(self.load(self.vector, at))
@@ -118,15 +116,8 @@ class TileOutput(_Tiles):
                         to = b.add(y_start, b.mul(place, arg["y_row"]))
                         to = self.step(to, pixel * FLOAT_BYTES)
                         self.store_first(value, to, masks[size + q])
-            return [
-                b.add(x, arg["x_channel"]),
-                b.add(y_start, arg["y_channel"]),
-                b.add(residual, arg["residual_channel"]),
-                self.step(bias_at, FLOAT_BYTES),
-            ]
 
-        self.loop([arg["x"], arg["y"], arg["residual"], arg["bias"]], channel, arg["channels"])
-        b.ret_void()
+        self.each_output(channel)
 
     def _pooled(self, rows: list[list[ir.Value]]) -> list[list[ir.Value]]:
         """Take the largest of every 2 x 2 values."""

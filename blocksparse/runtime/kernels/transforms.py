@@ -8,6 +8,8 @@ The matrices are constants of the code: a zero costs nothing, any other entry on
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llvmlite import ir
 
 from .winograd_matrices import FILTERINGS, Filtering
@@ -61,6 +63,25 @@ class Transform(Writer):
             else:
                 total = self.fma(self.constant(weight), value, total)
         return total
+
+    def each_output(
+        self, channel: Callable[[ir.Value, ir.Value, ir.Value, ir.Value], None]
+    ) -> None:
+        """Write ``channel(x, y, residual, bias)`` for every output channel, and the return."""
+        b, arg = self.builder, self.arg
+
+        def one(state: list[ir.Value]) -> list[ir.Value]:
+            x, y, residual, bias_at = state
+            channel(x, y, residual, self.splat(self.load(F32, bias_at), self.vector))
+            return [
+                b.add(x, arg["x_channel"]),
+                b.add(y, arg["y_channel"]),
+                b.add(residual, arg["residual_channel"]),
+                self.step(bias_at, FLOAT_BYTES),
+            ]
+
+        self.loop([arg["x"], arg["y"], arg["residual"], arg["bias"]], one, arg["channels"])
+        b.ret_void()
 
     def plus(self, value: ir.Value, residual: ir.Value, is_there: ir.Value) -> ir.Value:
         """Add the vector at an address, if there is one: elsewhere nothing may be read."""
@@ -183,10 +204,9 @@ class WinogradOutput(Transform):
         has_residual = b.icmp_unsigned("!=", arg["residual"], I64(0))
         zero = ir.Constant(self.vector, None)
 
-        def channel(state: list[ir.Value]) -> list[ir.Value]:
-            x_start, y_start, residual, bias_at = state
-            bias = self.splat(self.load(F32, bias_at), self.vector)
-
+        def channel(
+            x_start: ir.Value, y_start: ir.Value, residual: ir.Value, bias: ir.Value
+        ) -> None:
             def vector(state: list[ir.Value]) -> list[ir.Value]:
                 at, bits = state
                 x = b.add(x_start, at)
@@ -209,12 +229,5 @@ class WinogradOutput(Transform):
                 return [self.step(at, self.lanes * FLOAT_BYTES), self.step(bits, self.bit_bytes)]
 
             self.loop([I64(0), I64(0)], vector)
-            return [
-                b.add(x_start, arg["x_channel"]),
-                b.add(y_start, arg["y_channel"]),
-                b.add(residual, arg["residual_channel"]),
-                self.step(bias_at, FLOAT_BYTES),
-            ]
 
-        self.loop([arg["x"], arg["y"], arg["residual"], arg["bias"]], channel, arg["channels"])
-        b.ret_void()
+        self.each_output(channel)
