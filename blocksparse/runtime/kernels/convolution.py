@@ -12,7 +12,7 @@ from typing import Any
 from . import records as r
 from .intrinsics import call
 from .loop import loop
-from .views import opened, view
+from .views import opened, view, zero_margins
 
 
 @loop
@@ -44,7 +44,6 @@ def conv_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) 
     last = min(step[r.VECTORS], first + step[r.PANEL])
     lanes = step[r.LANES]
     mask_bytes = max(1, lanes // 8)
-    run = (batch - 1) * b.image + (b.height - 1) * b.row + b.width  # as `Layout.run`
     for tile in range(tables[step[r.PARTS] + part], tables[step[r.PARTS] + part + 1]):
         at = step[r.TILES] + tile * r.TILE_FIELDS
         k, rows = tables[at + r.TILE_FIRST], tables[at + r.TILE_ROWS]
@@ -82,9 +81,4 @@ def conv_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) 
                     ),
                 )  # fmt: skip
             v += width * many
-        for channel in range(k, k + rows):
-            start = b.base + channel * b.channel
-            if first == 0:
-                memory[start - b.margin : start] = 0
-            if last == step[r.VECTORS]:
-                memory[start + run : start + run + b.margin] = 0
+        zero_margins(memory, b, k, k + rows, batch, first == 0, last == step[r.VECTORS])

@@ -52,6 +52,26 @@ def span(step: Any, item: int, channels: int, lines: int) -> tuple[int, int, int
 
 
 @loop
+def run_of(where: r.Layout, batch: int) -> int:
+    """Pixels of a channel, as `Layout.run`."""
+    return (batch - 1) * where.image + (where.height - 1) * where.row + where.width
+
+
+@loop
+def zero_margins(
+    memory: Any, to: r.Layout, first: int, last: int, batch: int, before: bool, behind: bool
+) -> None:
+    """Zero what lies before and behind the pixels of channels that were written as one run."""
+    run = run_of(to, batch)
+    for channel in range(first, last):
+        start = to.base + channel * to.channel
+        if before:
+            memory[start - to.margin : start] = 0
+        if behind:
+            memory[start + run : start + run + to.margin] = 0
+
+
+@loop
 def zero_beside(memory: Any, to: r.Layout, channel: int, n: int, y: int, batch: int) -> None:
     """Zero what lies beside row y of image n and that a convolution could read as padding.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from . import records as r
 from .intrinsics import call, load_acquire, store
-from .views import opened, view
+from .views import opened, run_of, view, zero_margins
 from .winograd import products
 
 
@@ -34,7 +34,7 @@ def lines_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int)
         )  # fmt: skip
         store(scratch_at, tag)
     sums = x + 4 * step[r.PLANES_ALL] * step[r.PLANE]
-    run = (batch - 1) * b.image + (b.height - 1) * b.row + b.width  # as `Layout.run`
+    vectors = -(-run_of(b, batch) // lanes)
     for tile in range(tables[step[r.PARTS] + part], tables[step[r.PARTS] + part + 1]):
         at = step[r.TILES] + tile * r.TILE_FIELDS
         k, channels = tables[at + r.TILE_FIRST], tables[at + r.TILE_ROWS]
@@ -47,12 +47,8 @@ def lines_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int)
                 memory_at + 4 * (b.base + k * b.channel + start), 4 * b.channel,
                 memory_at + 4 * beside if other.base >= 0 else 0, 4 * other.channel,
                 step[r.BIAS] + 4 * k, step[r.INSIDE] + first * width * max(1, lanes // 8),
-                -(-run // lanes) - first * width, step[r.BOUNDS], channels, last - first,
+                vectors - first * width, step[r.BOUNDS], channels, last - first,
             ),
         )  # fmt: skip
-        for channel in range(k, k + channels):
-            line = b.base + channel * b.channel
-            if first == 0:
-                memory[line - b.margin : line] = 0
-            if last == step[r.TILE_ROWS_ALL]:
-                memory[line + run : line + run + b.margin] = 0
+        ends = last == step[r.TILE_ROWS_ALL]
+        zero_margins(memory, b, k, k + channels, batch, first == 0, ends)
