@@ -14,7 +14,7 @@ from .kernels.kernel import Kernel
 from .kernels.winograd_matrices import FILTERINGS, OUTPUTS, PLANES, Filtering
 from .prepack import Packed
 from .products import HALVES, ITEMS, Product, fill_product, lane_bits, pixel_mask, shares_pixels
-from .winograd import unit_rows
+from .winograd import read_kernel, unit_rows
 
 BAND_BYTES = second_level() * 3 // 8
 """Planes of one band: weights, sums and outputs pass by them in the second-level cache.
@@ -85,7 +85,8 @@ def fill_columns(product: Product) -> int:
         Bytes of scratch memory that a thread needs.
     """
     record, packed, attrs = product.record, product.packed, product.step.node.attrs
-    (height, width), batch, output = product.kernel, product.batch, product.output
+    height, width = read_kernel(product.step.node, product.kernel)
+    batch, output = product.batch, product.output
     lanes, row, channels = product.target.lanes, output.row, product.source.channels
     filtering = FILTERINGS[height]
     per_image = -(-output.height // filtering.outputs)
@@ -94,7 +95,10 @@ def fill_columns(product: Product) -> int:
     band, bands = cut(batch * per_image, unit_bytes, in_halves, _least(packed))
     # the zeros left of the first row, the band, and what its last vector writes and reads beyond
     vectors = -(-band * row // lanes)
-    dilation, left = attrs["dilation"][1], attrs["padding"][1]
+    dilation, (top, left) = attrs["dilation"][1], attrs["padding"]
+    planes = 1
+    if layout.is_strided(product.step.node):  # phase planes hold the padding
+        planes, top, left = len(layout.phases(product.step.node, product.kernel)), 0, 0
     lead = lanes if left else 0
     written = band * row + layout.round_up(row, lanes) - row
     reached = vectors * lanes + (width - 1) * dilation - left
@@ -109,7 +113,10 @@ def fill_columns(product: Product) -> int:
     product.keep(records.ZEROS, np.zeros(len(columns), np.float32))
     offsets = packed.channels.astype(np.int64) * line - left + packed.positions * dilation
     _fill(product, offsets, bands)
-    return _fill_planes(product, filtering, batch * per_image, band, vectors, line)
+    scratch = _fill_planes(product, filtering, batch * per_image, band, vectors, line)
+    record[records.PAD_TOP] = top
+    record[records.BLOCK_CHANNEL] *= planes
+    return scratch
 
 
 def fill_lines(product: Product) -> int:
@@ -212,6 +219,7 @@ def _fill_planes(
     record[records.BAND] = band
     record[[records.OUTPUTS, records.PLANES_ALL]] = filtering.outputs, filtering.planes
     record[[records.PLANE, records.PLANE_CHANNEL]] = plane, line
+    record[records.BLOCK_CHANNEL] = line
     record[[records.SUMS_PLANE, records.SUMS_ROW]] = rows * sums, sums
     return records.HEADER + 4 * filtering.planes * (plane + rows * sums)
 

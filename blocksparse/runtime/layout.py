@@ -19,10 +19,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from blocksparse.format import Graph, Node
 
 from .kernels.records import Layout
-from .kernels.winograd_matrices import FILTERINGS
+from .kernels.winograd_matrices import ALONG
+
+Ints = npt.NDArray[np.integer]
 
 PAGE_BYTES = 4096
 """What the operating system maps at once, and the processor's prefetcher does not leave."""
@@ -30,7 +35,7 @@ PAGE_BYTES = 4096
 ALIGN = 16
 """Strides and bases are multiples of this many floats: one cache line, the longest vector."""
 
-LINE_TILE = max(filtering.outputs for filtering in FILTERINGS.values())
+LINE_TILE = max(filtering.outputs for filtering in ALONG.values())
 """Pixels of a tile of Winograd's transforms along the rows: the last may begin with the last pixel
 and reads what its other outputs need."""
 
@@ -173,6 +178,42 @@ def phases_shape(
         )
     )
     return shape[0] * len(phases(node, kernel)), height, width
+
+
+def taps(
+    node: Node, kernel: tuple[int, int], channels: Ints, positions: Ints
+) -> tuple[Ints, Ints, Ints]:
+    """Find what kernel steps read: the input itself at stride 1, else its phase planes.
+
+    Parameters
+    ----------
+    node : Node
+        The convolution.
+    kernel : tuple of int
+        Kernel height and width.
+    channels, positions : ndarray of int
+        Input channel and kernel position of every step.
+
+    Returns
+    -------
+    channel, row, column : ndarray of int64
+        Channel that is read, phase planes counted one by one; distance from the output pixel
+        without the padding, dilation included.
+    """
+    row, column = np.divmod(positions.astype(np.int64), kernel[1])
+    row, column = row * node.attrs["dilation"][0], column * node.attrs["dilation"][1]
+    channel = channels.astype(np.int64)
+    if not is_strided(node):
+        return channel, row, column
+    order = phases(node, kernel)
+    (row, a), (column, b) = (
+        np.divmod(place, stride)
+        for place, stride in zip((row, column), node.attrs["stride"], strict=True)
+    )
+    plane = np.zeros(node.attrs["stride"], np.int64)
+    for place, phase in enumerate(order):
+        plane[phase] = place
+    return channel * len(order) + plane[a, b], row, column
 
 
 def place(shape: tuple[int, ...], frame: Frame | None, base: int, batch: int) -> Layout:

@@ -193,20 +193,8 @@ def conv_offsets(
     ndarray of int32, shape (S,)
         Distances in floats.
     """
-    row, column = np.divmod(packed.positions.astype(np.int64), kernel[1])
-    y, x = row * node.attrs["dilation"][0], column * node.attrs["dilation"][1]
-    channel = packed.channels.astype(np.int64)
-    if layout.is_strided(node):
-        order = layout.phases(node, kernel)
-        (y, a), (x, b) = (
-            np.divmod(y, node.attrs["stride"][0]),
-            np.divmod(x, node.attrs["stride"][1]),
-        )
-        plane = np.zeros(node.attrs["stride"], np.int64)
-        for place, phase in enumerate(order):
-            plane[phase] = place
-        channel = channel * len(order) + plane[a, b]
-    else:
+    channel, y, x = layout.taps(node, kernel, packed.channels, packed.positions)
+    if not layout.is_strided(node):  # phase planes hold the padding
         y, x = y - node.attrs["padding"][0], x - node.attrs["padding"][1]
     return (channel * source.channel + y * source.row + x).astype(np.int32)
 

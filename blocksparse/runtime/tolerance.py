@@ -15,7 +15,7 @@ from . import winograd
 TILES_ERROR = 3
 """Error of F(4x4, 3x3) over that of direct sums, measured; see `kernels.winograd_matrices`."""
 
-LINE_ERROR = {3: 1.4, 5: 2.1, 7: 2.1}
+LINE_ERROR = {3: 1.4, 4: 2.3, 5: 2.1, 7: 2.1}
 """The same for F(m, r) down the columns or along the rows, by taps."""
 
 
@@ -81,7 +81,7 @@ def _winograd_error(model: Model, node: Node) -> float:
         return TILES_ERROR
     errors = [1.0]
     if winograd.fits_columns(node, (height, width)):
-        errors.append(LINE_ERROR[height])
+        errors.append(LINE_ERROR[winograd.read_kernel(node, (height, width))[0]])
     if winograd.fits_rows(node, (height, width)):
         errors.append(LINE_ERROR[width])
     return max(errors)

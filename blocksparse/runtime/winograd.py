@@ -9,7 +9,7 @@ more: a plane needs every block that one of the taps has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from blocksparse.format import Graph, Node
 
 from . import layout
 from .kernels.target import Target
-from .kernels.winograd_matrices import FILTERINGS, OUTPUTS
+from .kernels.winograd_matrices import ALONG, FILTERINGS, OUTPUTS
 from .prepack import Packed, RowTile
 
 TRANSFORM_COST = 40 / 36
@@ -59,14 +59,31 @@ class Geometry:
         return -(-self.height // FILTERINGS[self.kernel[0]].outputs)
 
 
+def read_kernel(node: Node, kernel: tuple[int, int]) -> tuple[int, int]:
+    """Kernel height and width on what a convolution reads: at stride 2, 4x4 of each phase for 7x7.
+
+    Phases with fewer taps than others are counted as if they had as many.
+    """
+    (height, width), (down, along) = kernel, node.attrs["stride"]
+    return -(-height // down), -(-width // along)
+
+
 def fits_columns(node: Node, kernel: tuple[int, int]) -> bool:
-    """Whether a convolution can go down the columns: its height, stride 1, one group, undilated."""
-    return kernel[0] in FILTERINGS and _plain(node, 0)
+    """Whether a convolution can go down the columns: one group, height, not dilated that way.
+
+    One with a stride is one of stride 1 on its phase planes, unless it is dilated. All planes take
+    the same points, so that the sums go over them as over other channels.
+    """
+    if read_kernel(node, kernel)[0] not in FILTERINGS or node.attrs["groups"] != 1:
+        return False
+    if not layout.is_strided(node):
+        return bool(node.attrs["dilation"][0] == 1)
+    return tuple(node.attrs["dilation"]) == (1, 1)
 
 
 def fits_rows(node: Node, kernel: tuple[int, int]) -> bool:
-    """Whether a convolution can go along the rows: its width, height 1, and the same otherwise."""
-    return kernel[0] == 1 and kernel[1] in FILTERINGS and _plain(node, 1)
+    """Whether a convolution can go along the rows: width, height 1, stride 1, one group."""
+    return kernel[0] == 1 and kernel[1] in ALONG and _plain(node, 1)
 
 
 def fits_tiles(node: Node, kernel: tuple[int, int]) -> bool:
@@ -122,13 +139,22 @@ def holds_padding(node: Node, target: Target) -> bool:
     return bool(node.attrs["padding"][1] <= target.lanes)
 
 
+def on_phases(packed: Packed, node: Node, kernel: tuple[int, int]) -> Packed:
+    """Turn a prepared weight into one of stride 1 and size `read_kernel` on what is read."""
+    if not layout.is_strided(node):
+        return packed
+    channel, row, column = layout.taps(node, kernel, packed.channels, packed.positions)
+    position = row * read_kernel(node, kernel)[1] + column
+    return replace(packed, channels=channel.astype(np.int32), positions=position.astype(np.int32))
+
+
 def columns(packed: Packed, kernel: tuple[int, int]) -> Packed:
     """Turn a prepared weight into planes that stand for its rows of taps.
 
     Parameters
     ----------
     packed : Packed
-        As `prepack.pack` returns it; not N:M.
+        Of stride 1: as `prepack.pack` or `on_phases` returns it; not N:M.
     kernel : tuple of int
         Kernel height and width.
 
@@ -190,11 +216,11 @@ def pays(packed: Packed, channels: int, geometry: Geometry, lanes: int) -> bool:
     Parameters
     ----------
     packed : Packed
-        The weight as it is.
+        The weight as it is, of stride 1; see `on_phases`.
     channels : int
         Input channels.
     geometry : Geometry
-        Of the convolution.
+        Of that convolution.
     lanes : int
         Floats of a vector.
     """

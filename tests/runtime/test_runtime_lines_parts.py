@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocksparse.runtime.kernels.kernel import Kernel
-from blocksparse.runtime.kernels.winograd_matrices import FILTERINGS
+from blocksparse.runtime.kernels.winograd_matrices import ALONG
 
 
 @pytest.mark.parametrize("lanes", LANES)
-@pytest.mark.parametrize("taps", FILTERINGS)
+@pytest.mark.parametrize("taps", ALONG)
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_line_input(taps, lanes, count):
     """Two channels; the planes of a tile are those of the pixels from its first one on."""
-    f = FILTERINGS[taps]
+    f = ALONG[taps]
     rng = np.random.default_rng([lanes, count])
     tiles = count * lanes
     x = rng.integers(-99, 100, (2, tiles * f.outputs + 2 * lanes + 13)).astype(np.float32)
@@ -38,7 +38,7 @@ def test_line_input(taps, lanes, count):
 
 
 @pytest.mark.parametrize("lanes", LANES)
-@pytest.mark.parametrize("taps", FILTERINGS)
+@pytest.mark.parametrize("taps", ALONG)
 @settings(max_examples=40)
 @given(
     count=st.integers(1, 4), missing=st.integers(0, 3), seed=st.integers(0, 99),
@@ -46,7 +46,7 @@ def test_line_input(taps, lanes, count):
 )  # fmt: skip
 def test_line_output(taps, lanes, count, missing, seed, bounds, residual):
     """Vectors that exist and no more; pixels outside the image become zero, whatever is there."""
-    f = FILTERINGS[taps]
+    f = ALONG[taps]
     rng = np.random.default_rng(seed)
     vectors = count * f.outputs - missing % f.outputs
     reach = vectors * lanes

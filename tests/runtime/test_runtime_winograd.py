@@ -21,6 +21,7 @@ from bare import (
     run_over,
     shuffled,
 )
+from definition import correlate, without_stride
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Builder, block_zeros, randoms
@@ -34,7 +35,7 @@ from blocksparse.runtime.kernels.winograd_matrices import FILTERINGS
 UNIT = 2.0**-24
 """Unit roundoff of float32."""
 
-STEP = {3: 18, 5: 90, 7: 90}
+STEP = {3: 18, 4: 90, 5: 90, 7: 90}
 """What weights of so many taps have to be multiples of for planes without rounding."""
 
 
@@ -59,10 +60,16 @@ class Case:
     taps: int = 3
     padding: tuple[int, int] = (1, 1)
     dilation: int = 1
+    stride: tuple[int, int] = (1, 1)
     layout: object = "dense"
     activation: str = "none"
     residual: bool = False
     batch: int = 1
+
+    @property
+    def read_rows(self):
+        """Rows of taps on what is read: phase planes, if there is a stride."""
+        return -(-self.rows // self.stride[0])
 
     def weights(self, values):
         """Two weights (K, C, R, S), zero where the layout has no blocks."""
@@ -79,7 +86,7 @@ class Case:
         b = Builder((self.channels, *self.image))
         options = {
             "kernel": (self.rows, self.taps), "padding": self.padding,
-            "dilation": (1, self.dilation),
+            "dilation": (1, self.dilation), "stride": self.stride,
         }  # fmt: skip
         side = None
         for i in range(2 if self.residual else 1):
@@ -104,23 +111,10 @@ class Case:
     def expected(self, x, weights, bias):
         """What the definition says, in float64."""
         y = sum(
-            correlate(x, weights[i], self.padding, self.dilation) + bias[:, None, None]
+            correlate(x, weights[i], self.padding, self.dilation, self.stride) + bias[:, None, None]
             for i in range(2 if self.residual else 1)
         )
         return np.clip(y, *products.BOUNDS[self.activation])
-
-
-def correlate(x, weight, padding, dilation):
-    """Convolve x (N, C, H, W) with weight (K, C, R, S) in float64; NaN stays where it reaches."""
-    top, left = padding
-    x = np.pad(x.astype(float), ((0, 0), (0, 0), (top, top), (left, left)))
-    rows, taps = weight.shape[2:]
-    height, width = x.shape[2] - rows + 1, x.shape[3] - dilation * (taps - 1)
-    out = np.zeros((len(x), len(weight), height, width))
-    for r, s in np.ndindex(rows, taps):
-        near = x[:, :, r : r + height, s * dilation : s * dilation + width]
-        out += np.einsum("kc,nchw->nkhw", weight[:, :, r, s].astype(float), near)
-    return out
 
 
 def test_the_fast_definition_is_the_definition():
@@ -129,13 +123,28 @@ def test_the_fast_definition_is_the_definition():
     np.testing.assert_allclose(correlate(x, w, (1, 2), 2), expected, rtol=0, atol=1e-12)
 
 
-def case_of(image, taps, padding, dilation=1, rows=3, **options):
-    """Grow the image to the least that has an output."""
+@pytest.mark.parametrize(("rows", "taps"), [(3, 2), (7, 7), (5, 1)])
+@pytest.mark.parametrize("stride", [(2, 2), (1, 2), (3, 1)])
+def test_a_convolution_of_phases_is_the_definition_with_a_stride(rows, taps, stride):
+    x, w = randoms(2, 3, 9, 10), randoms(4, 3, rows, taps)
+    expected = naive.conv2d(x, w, padding=(1, 2), stride=stride)
+    at_once = correlate(x, w, (1, 2), 1, stride)
+    by_phases = correlate(*without_stride(x, w, (1, 2), stride), (0, 0), 1)
+    for got in (at_once, by_phases):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+
+
+def case_of(image, taps, padding, dilation=1, down=(3, 1), along=1, **options):
+    """Grow the image to the least that has an output; `down` is rows of taps, and their stride."""
+    rows, stride = down[0], (down[1], along)
+    dilation = dilation if stride == (1, 1) else 1
     least = (rows, dilation * (taps - 1) + 1)
     image = tuple(
         max(size, span - 2 * pad) for size, span, pad in zip(image, least, padding, strict=True)
     )
-    return Case(image, rows=rows, taps=taps, padding=padding, dilation=dilation, **options)
+    return Case(
+        image, rows=rows, taps=taps, padding=padding, dilation=dilation, stride=stride, **options
+    )
 
 
 LAYOUTS = ["dense", ((8, 8), 0.5, True), ((8, 8), 0.3, False), ((4, 2), 0.4, False),
@@ -143,7 +152,10 @@ LAYOUTS = ["dense", ((8, 8), 0.5, True), ((8, 8), 0.3, False), ((4, 2), 0.4, Fal
 
 CASES = {
     "image": st.tuples(st.integers(1, 13), st.integers(1, 40)),
-    "rows": st.sampled_from([3, 3, 5, 7]),
+    "down": st.sampled_from(
+        [(3, 1), (3, 1), (4, 1), (5, 1), (7, 1), (5, 2), (6, 2), (7, 2), (7, 2), (9, 2), (11, 4)]
+    ),
+    "along": st.sampled_from([1, 1, 2, 4]),
     "taps": st.integers(1, 3),
     "padding": st.tuples(st.integers(0, 3), st.integers(0, 2)),
     "dilation": st.integers(1, 3),
@@ -158,7 +170,7 @@ CASES = {
 
 def integers_of(case, rng):
     """Weights, bias and images with which all planes are exact."""
-    step = STEP[max(case.rows, case.taps)]
+    step = STEP[max(case.read_rows, case.taps)]
     most = 2 if step == 18 else 1
     weights = case.weights(lambda *shape: step * rng.integers(-most, most + 1, shape))
     bias = rng.integers(-99, 100, case.outputs).astype(np.float32)
@@ -184,21 +196,24 @@ def test_integers_come_out_right(lanes, case, seed, threads):
 
 def magnitudes(case, x, weights):
     """Sum the absolute terms of Winograd's way, |A| ((|G| |w|) * (|B| |x|)), per output."""
-    f = FILTERINGS[case.rows]
+    f = FILTERINGS[case.read_rows]
     a, b, g = (np.abs(matrix) for matrix in (f.output, f.input, f.weight))
-    top, left = case.padding
+    (top, left), taps = case.padding, case.taps
+    if case.stride != (1, 1):
+        x, weights = without_stride(x, weights, case.padding, case.stride)
+        top, left, taps = 0, 0, weights.shape[3]
     height = x.shape[2] + 2 * top - f.taps + 1
     end = -(-height // f.outputs) * f.outputs
     bottom = end + f.taps - 1 - x.shape[2] - top
     x = np.pad(np.abs(x).astype(float), ((0, 0), (0, 0), (top, bottom), (left, left)))
     rows = np.stack([x[:, :, i : i + end : f.outputs] for i in range(f.planes)])
     planes = np.einsum("pi,inctw->pnctw", b, rows)
-    taps = np.einsum("pr,kcrs->pkcs", g, np.abs(weights).astype(float))
-    width = x.shape[3] - case.dilation * (case.taps - 1)
+    matrices = np.einsum("pr,kcrs->pkcs", g, np.abs(weights).astype(float))
+    width = x.shape[3] - case.dilation * (taps - 1)
     sums = 0
-    for s in range(case.taps):
+    for s in range(taps):
         near = planes[..., s * case.dilation : s * case.dilation + width]
-        sums = sums + np.einsum("pkc,pnctw->pnktw", taps[..., s], near)
+        sums = sums + np.einsum("pkc,pnctw->pnktw", matrices[..., s], near)
     out = np.einsum("yp,pnktw->nktyw", a, sums)
     return out.reshape(*out.shape[:2], -1, width)[:, :, :height]
 
@@ -212,7 +227,8 @@ def error_bound(case, x, weights, bias):
     once for the residual; a bias then sees the last two.
     """
     count = 2 if case.residual else 1
-    roundings = 1 + 4 + case.channels * case.taps + 5 + 2
+    phases = case.stride[0] * case.stride[1]
+    roundings = 1 + 4 + case.channels * phases * -(-case.taps // case.stride[1]) + 5 + 2
     error = 0
     for i in range(count):
         terms = magnitudes(case, x, weights[i]) + np.abs(bias)[:, None, None]

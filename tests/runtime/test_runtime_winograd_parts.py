@@ -160,15 +160,21 @@ def test_fewer_products_pay_and_transforms_cost():
         ((1, 3), {}, False, True),
         ((1, 5), {}, False, True),
         ((1, 7), {}, False, True),
+        ((4, 4), {}, True, False),
         ((2, 3), {}, False, False),
+        ((1, 4), {}, False, False),
         ((1, 9), {}, False, False),
         ((1, 1), {}, False, False),
         ((3, 3), {"dilation": (1, 2)}, True, False),
         ((3, 3), {"dilation": (2, 1)}, False, False),
         ((1, 3), {"dilation": (2, 1)}, False, True),
         ((1, 3), {"dilation": (1, 2)}, False, False),
-        ((3, 3), {"stride": (1, 2)}, False, False),
+        ((3, 3), {"stride": (1, 2)}, True, False),
         ((3, 3), {"stride": (2, 1)}, False, False),
+        ((7, 7), {"stride": (2, 2)}, True, False),
+        ((11, 11), {"stride": (4, 4)}, True, False),
+        ((5, 5), {"stride": (2, 2), "dilation": (1, 2)}, False, False),
+        ((7, 7), {"stride": (2, 2), "groups": 2}, False, False),
         ((1, 3), {"stride": (2, 1)}, False, False),
         ((3, 3), {"groups": 2}, False, False),
         ((1, 7), {"groups": 2}, False, False),
@@ -220,7 +226,7 @@ def test_winograd_input(taps, lanes, count, height):
 
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("row", [1, 4, 7, 16, 17])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
 @pytest.mark.parametrize("bounds", [(-np.inf, np.inf), (0, 6)])
 @pytest.mark.parametrize("taps", FILTERINGS)
 def test_winograd_output(taps, lanes, row, rows, bounds):
@@ -231,10 +237,10 @@ def test_winograd_output(taps, lanes, row, rows, bounds):
     rows = min(rows, f.outputs)
     x = rng.integers(-9, 10, (f.planes, 2, reach)).astype(np.float32)  # planes, channels
     bias = np.array([5, -3], np.float32)
-    beside = rng.integers(-9, 10, (2, 4, reach + 3)).astype(np.float32)
+    beside = rng.integers(-9, 10, (2, 5, reach + 3)).astype(np.float32)
     place = np.arange(reach)
     for residual in (0, beside):
-        y = np.full((2, 4, reach + 7), SENTINEL)
+        y = np.full((2, 5, reach + 7), SENTINEL)
         call(
             Kernel("winograd_output", width=taps), lanes, x, x.strides[0], x.strides[1], y,
             y.strides[1], y.strides[0], residual, beside.strides[1], beside.strides[0], bias,

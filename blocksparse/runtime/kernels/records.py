@@ -84,6 +84,7 @@ SUMS_PLANE, SUMS_ROW = 25, 26  # the same for the products of one row tile
 STEP_BYTES = 27  # weights of one kernel step
 # down the columns and along the rows: outputs of a tile, down or along, and planes
 OUTPUTS, PLANES_ALL = 28, 29
+BLOCK_CHANNEL = 32  # from one input channel of a block of weights to the next
 # down the columns
 LEAD = 30  # floats of a line before the band's first row, zeros, if any
 # along the rows, where a tile row is a unit: one vector of tiles

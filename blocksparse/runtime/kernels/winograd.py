@@ -1,9 +1,11 @@
-"""Convolutions of kernel height 3, 5 or 7 through Winograd's F(m, r) along image columns.
+"""Convolutions of kernel height 3, 4, 5 or 7 through Winograd's F(m, r) along image columns.
 
 A tile row is m rows of outputs, computed from n rows of inputs. The input transform turns these
 into n planes; on each, the convolution is one of kernel height 1; the output transform adds the
-planes up to the m rows. So of m * r multiplications n remain: 6 of 12, 8 of 20, 8 of 14. Rows stay
-as they are, vectors run along them, so kernel width and padding need nothing new.
+planes up to the m rows. So of m * r multiplications n remain: 6 of 12, 8 of 20, 8 of 20, 8 of 14.
+Rows stay as they are, vectors run along them, so kernel width and padding need nothing new. Nor do
+strides: a 7x7 convolution of stride 2 is one of up to 4x4 taps on four times as many channels, the
+phase planes of its input.
 
 A work item is a band of tile rows and one part of the row tiles. The planes of a band are scratch
 memory of the thread and stay in its second-level cache; a thread that takes another part of the
@@ -59,7 +61,7 @@ def products(step: Any, tables: Any, at: int, x: int, vectors: int, sums: int) -
                 step[r.KERNELS + width - 1],
                 (
                     x + 4 * plane * step[r.PLANE] + shift, values, tables[at + r.TILE_OFFSETS],
-                    count, 4 * step[r.PLANE_CHANNEL],
+                    count, 4 * step[r.BLOCK_CHANNEL],
                     sums + 4 * plane * step[r.SUMS_PLANE] + shift, 4 * step[r.SUMS_ROW],
                     many, across, 0, across,
                 ),

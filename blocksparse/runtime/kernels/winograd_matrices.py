@@ -7,9 +7,9 @@ those of Toom and Cook's multiplication of polynomials, transposed: n - 1 points
 
 Which points decides how much rounding errors grow. Over 128 channels of random numbers, F(4x4, 3x3)
 was off by 5.5 times the error of direct sums with the usual 0, 1, -1, 2, -2, and by 3.0 times with
-those here; in one direction only, F(4, 3) by 1.4, F(4, 5) by 2.1 and F(2, 7) by 2.1 times. F(4, 7)
-would be at 4.6 at least (Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd
-Convolution for Deep Neural Networks", 2020, search for such points).
+those here; in one direction only, F(4, 3) by 1.4, F(5, 4) by 2.3, F(4, 5) and F(2, 7) by 2.1 times.
+F(4, 7) would be at 4.6 at least (Barabasz et al., "Error Analysis and Improving the Accuracy of
+Winograd Convolution for Deep Neural Networks", 2020, search for such points).
 """
 
 from __future__ import annotations
@@ -82,8 +82,11 @@ def _with_roots(roots: tuple[float, ...] | list[float]) -> list[float]:
     return polynomial
 
 
-FILTERINGS = {3: filtering(3, 4), 5: filtering(5, 4), 7: filtering(7, 2)}
-"""What serves a kernel of so many taps: n is 6, 8 and 8."""
+FILTERINGS = {3: filtering(3, 4), 4: filtering(4, 5), 5: filtering(5, 4), 7: filtering(7, 2)}
+"""What serves a kernel of so many taps: n is 6, 8, 8 and 8."""
+
+ALONG = {taps: found for taps, found in FILTERINGS.items() if found.outputs in (2, 4)}
+"""What can go along the rows: vectors of pixels are taken apart by two or four."""
 
 OUTPUTS, PLANES = FILTERINGS[3].outputs, FILTERINGS[3].planes
 """Of tiles in both directions, along each side: those of 3 taps."""
