@@ -263,6 +263,7 @@ def test_every_product_has_a_slow_twin():
     twins = {
         "sparse_conv": {"bsr_to_dense", "conv2d"},
         "sparse_product": {"sparse_product"},
+        "sparse_tail": {"sparse_product"},
         "nm_conv": {"nm_to_dense", "conv2d"},
         "sparse_linear": {"bsr_to_dense", "linear"},
         "nm_linear": {"nm_to_dense", "linear"},

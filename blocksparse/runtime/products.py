@@ -32,6 +32,9 @@ and 93.0 with 256, and 29.9 and 30.7 at 75 %.
 ITEMS = 16
 """Work items that a large step is cut into: enough for a few threads to finish together."""
 
+TAIL_VECTORS = 64
+"""Vectors of pixels beyond which one more that is half empty is not worth a kernel of its own."""
+
 HALVES = 2
 """Least parts that pixels are cut into where threads share pixels rather than output channels."""
 
@@ -134,7 +137,10 @@ def fill_conv(product: Product) -> int:
     # one channel's phase planes lie before the next channel
     record[records.SOURCE + 1] = source.channel * planes
     lanes = product.target.lanes
-    vectors = -(-output.run(product.batch) // lanes)
+    vectors, tail = vectors_and_tail(product)
+    if tail:
+        kernel = Kernel("sparse_tail", packed.rows, packed.columns, tail)
+        product.call(records.TAIL, kernel)
     widest = tile_widths(step.op, packed, product.target)[-1]
     channels = source.channels // planes
     # A tile reads the channels of its group only. With those of all groups, which made panels of a
@@ -152,6 +158,20 @@ def fill_conv(product: Product) -> int:
     product.keep(records.MASK, pixel_mask(output, product.batch, lanes))
     record[records.ITEMS] = panels * fill_product(product, offsets, -(-ITEMS // panels))
     return 0
+
+
+def vectors_and_tail(product: Product) -> tuple[int, int]:
+    """Vectors of pixels of a direct convolution, and pixels behind them that go without one.
+
+    One vector more costs a multiply-add for each row of a tile. The tail costs one for each of its
+    pixels, but of vectors of rows, which are half as long with AVX-512, and as fast in pairs.
+    """
+    output, packed, lanes = product.output, product.packed, product.target.lanes
+    vectors, tail = divmod(output.run(product.batch), lanes)
+    whole = packed.rows == product.target.rows and product.step.op == records.CONV
+    if whole and 0 < vectors <= TAIL_VECTORS and 0 < tail <= min(output.width, lanes * 7 // 16):
+        return vectors, tail
+    return vectors + (tail > 0), 0
 
 
 def shares_pixels(packed: Packed, channels: int, plane_bytes: int) -> bool:

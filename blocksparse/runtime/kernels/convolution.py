@@ -81,4 +81,15 @@ def conv_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) 
                     ),
                 )  # fmt: skip
             v += width * many
+        if last == step[r.VECTORS] and step[r.TAIL] != 0:
+            shift = 4 * last * lanes
+            call(
+                step[r.TAIL],
+                (
+                    x + shift, values, offsets, count,
+                    4 * a.channel, y + shift, 4 * b.channel, bias,
+                    residual + shift if residual else 0, 4 * other.channel,
+                    rows, step[r.BOUNDS], tables[at + r.TILE_NEXT],
+                ),
+            )  # fmt: skip
         zero_margins(memory, b, k, k + rows, batch, first == 0, last == step[r.VECTORS])

@@ -11,7 +11,7 @@ class Kernel:
 
     Parameters
     ----------
-    op : {"sparse_conv", "sparse_product", "nm_conv", "sparse_linear", "nm_linear", \
+    op : {"sparse_conv", "sparse_product", "sparse_tail", "nm_conv", "sparse_linear", "nm_linear", \
           "winograd_input", "winograd_output", "line_input", "line_output", \
           "tile_input", "tile_output", "copy_phases", "pool_max", "pool_avg", \
           "pointwise_same", "pointwise_add", "pointwise_mul", "pointwise_gate", \
@@ -24,8 +24,8 @@ class Kernel:
         Input channels of a block; for N:M the nonzeros kept of each group (n); for a pool the width
         of its window; for tiles the tile rows of a unit.
     width : int
-        Vectors of pixels, or images for the linear products; for a pool its column stride; for
-        Winograd's transforms the taps.
+        Vectors of pixels, or images for the linear products, or pixels of a tail; for a pool its
+        column stride; for Winograd's transforms the taps.
     group : int
         For N:M the group length m, else 0.
     activation : str

@@ -8,6 +8,8 @@ is broadcast against it, and a zero weight skips the multiplication altogether.
   Primitives. Where several tiles of channels have blocks at the same places, they follow each other
   before the next pixels. There is no im2col; every block carries the offset of its input channel
   and kernel position in the padded planar input.
+- ``sparse_tail``: the last pixels of ``sparse_conv``, where a vector of them would be half empty:
+  there vectors run over the output channels of a tile.
 - ``nm_conv``: one output channel by many vectors of pixels, over N:M groups whose indices stay
   packed bits.
 - ``sparse_product``: tiles without bias, clamp and padding, between Winograd's input and output
@@ -33,6 +35,7 @@ from .lines import LineInput, LineOutput
 from .pixel import NMConv, SparseConv, SparseProduct
 from .planes import PhaseCopy, Pool
 from .pointwise import Pointwise
+from .tail import SparseTail
 from .target import Target
 from .tiles import TileInput, TileOutput
 from .transforms import WinogradInput, WinogradOutput
@@ -41,6 +44,7 @@ from .writer import Writer
 _WRITERS: dict[str, type[Writer]] = {
     "sparse_conv": SparseConv,
     "sparse_product": SparseProduct,
+    "sparse_tail": SparseTail,
     "nm_conv": NMConv,
     "sparse_linear": SparseLinear,
     "nm_linear": NMLinear,

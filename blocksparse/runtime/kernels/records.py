@@ -70,6 +70,7 @@ KERNELS = 3  # addresses, by width 1, 2, 3 (CONV), 1, 2, 4, 8 (DOUBLING), 1, 2, 
 VECTORS, PANEL = 7, 8  # vectors of a channel, and of one panel
 TILES, PARTS = 9, 10  # place of the row tiles and of the part boundaries in the tables
 PARTS_COUNT = 11
+TAIL = 12  # CONV: address of the kernel for the pixels behind the vectors; 0: there are none
 BIAS, BOUNDS, MASK, LANES = 13, 14, 15, 16
 WIDEST = 31  # vectors of the largest register tile
 DOUBLING = 8  # with this one as the widest there are tiles of 1, 2, 4 and 8: CONV_NM, single rows
