@@ -269,11 +269,12 @@ def test_sparse_product(lanes, rows, columns, width, steps):
     weights = rng.integers(-9, 10, (3, steps, columns, rows)).astype(np.float32)
     offsets = rng.integers(-40, 400, steps + 1).astype(np.int32)  # one more: asked for, not read
     tile = width * lanes
-    for x_step, w_step in ((tile, 0), (7, weights[0].nbytes)):
+    # what is asked for may lie anywhere
+    for x_step, w_step, asked in ((tile, 0, (16, 64, 2)), (7, weights[0].nbytes, (0, 0, 0))):
         y = np.full((3, rows, tile + 5), SENTINEL)
         call(
             Kernel("sparse_product", rows, columns, width), lanes, x[40:], weights, offsets, steps,
-            4 * 100, y, y.strides[1], 3, 4 * x_step, w_step, y.strides[0],
+            4 * 100, y, y.strides[1], 3, 4 * x_step, w_step, y.strides[0], *asked,
         )  # fmt: skip
         for i in range(3):
             own = weights[i if w_step else 0]

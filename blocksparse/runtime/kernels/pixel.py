@@ -157,30 +157,45 @@ class SparseProduct(BlockSums):
     """The same sums without an epilogue: what stands between Winograd's transforms.
 
     From one tile to the next, inputs, weights and sums move by as many bytes as is said: along the
-    pixels of a plane, or from plane to plane.
+    pixels of a plane, or from plane to plane. With each of the first ``asks`` tiles the kernel asks
+    for as many pixels of R rows from ``ask`` on, which the output transform will write: nobody
+    computes while a burst of stores waits for the third cache.
     """
 
     arguments = (
         "x", "w", "offsets", "count", "x_stride", "y", "y_stride", "tiles", "x_step", "w_step",
-        "y_step",
+        "y_step", "ask", "ask_stride", "asks",
     )  # fmt: skip
 
     def write(self) -> None:
         """Write the function."""
         b, arg, width = self.builder, self.arg, self.kernel.width
         zero = ir.Constant(self.vector, None)
+        size = self.lanes * FLOAT_BYTES
 
         def tile(state: list[ir.Value]) -> list[ir.Value]:
-            x, w, y = state
+            x, w, y, ask, asks = state
+            with b.if_then(b.icmp_signed(">", asks, I64(0))):
+                at = ask
+                for _ in range(self.kernel.rows):
+                    for v in range(0, width * size, LINE_BYTES):
+                        self.prefetch(self.step(at, v), to_write=True)
+                    at = b.add(at, arg["ask_stride"])
             sums = self.block_sums(x, w, [zero] * (self.kernel.rows * width))
             at = y
             for r in range(self.kernel.rows):
                 for v in range(width):
-                    self.store(sums[r * width + v], self.step(at, v * self.lanes * FLOAT_BYTES))
+                    self.store(sums[r * width + v], self.step(at, v * size))
                 at = b.add(at, arg["y_stride"])
-            return [b.add(x, arg["x_step"]), b.add(w, arg["w_step"]), b.add(y, arg["y_step"])]
+            return [
+                b.add(x, arg["x_step"]),
+                b.add(w, arg["w_step"]),
+                b.add(y, arg["y_step"]),
+                self.step(ask, width * size),
+                b.sub(asks, I64(1)),
+            ]
 
-        self.loop([arg["x"], arg["w"], arg["y"]], tile, arg["tiles"])
+        self.loop([arg[name] for name in ("x", "w", "y", "ask", "asks")], tile, arg["tiles"])
         b.ret_void()
 
 

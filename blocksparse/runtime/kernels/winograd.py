@@ -37,9 +37,12 @@ def winograd_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: i
     x = scratch_at + r.HEADER + 4 * step[r.LEAD]
     sums = scratch_at + r.HEADER + 4 * step[r.PLANES_ALL] * step[r.PLANE]
     vectors = -(-(last - first) * b.row // step[r.LANES])
+    n, y = first // step[r.TILE_ROWS_IMAGE], first % step[r.TILE_ROWS_IMAGE] * step[r.OUTPUTS]
+    outputs = memory_at + 4 * (b.base + n * b.image + y * b.row)
     for tile in range(tables[step[r.PARTS] + part], tables[step[r.PARTS] + part + 1]):
         at = step[r.TILES] + tile * r.TILE_FIELDS
-        products(step, tables, at, x, vectors, sums)
+        ask = outputs + 4 * tables[at + r.TILE_FIRST] * b.channel
+        products(step, tables, at, x, vectors, sums, ask, 4 * b.channel, step[r.OUTPUTS])
         for t in range(first, last):
             _outputs(
                 memory, memory_at, step, t, tables[at + r.TILE_FIRST], tables[at + r.TILE_ROWS],
@@ -48,8 +51,15 @@ def winograd_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: i
 
 
 @loop
-def products(step: Any, tables: Any, at: int, x: int, vectors: int, sums: int) -> None:
-    """Multiply all planes of a band, so many vectors each, by the weights of one row tile."""
+def products(
+    step: Any, tables: Any, at: int, x: int, vectors: int, sums: int, ask: int, ask_stride: int,
+    asked: int,
+) -> None:  # fmt: skip
+    """Multiply all planes of a band, so many vectors each, by the weights of one row tile.
+
+    The first `asked` planes ask for as many pixels of the outputs each, from address `ask` on: the
+    rows of a band are one piece of a channel.
+    """
     count = tables[at + r.TILE_COUNT]
     for plane in range(step[r.PLANES_ALL]):
         values = tables[at + r.TILE_VALUES] + plane * count * step[r.STEP_BYTES]
@@ -64,6 +74,8 @@ def products(step: Any, tables: Any, at: int, x: int, vectors: int, sums: int) -
                     count, 4 * step[r.BLOCK_CHANNEL],
                     sums + 4 * plane * step[r.SUMS_PLANE] + shift, 4 * step[r.SUMS_ROW],
                     many, across, 0, across,
+                    ask + 4 * plane * vectors * step[r.LANES] + shift, ask_stride,
+                    many if plane < asked else 0,
                 ),
             )  # fmt: skip
             v += width * many

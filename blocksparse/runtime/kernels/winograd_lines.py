@@ -38,7 +38,7 @@ def lines_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int)
     for tile in range(tables[step[r.PARTS] + part], tables[step[r.PARTS] + part + 1]):
         at = step[r.TILES] + tile * r.TILE_FIELDS
         k, channels = tables[at + r.TILE_FIRST], tables[at + r.TILE_ROWS]
-        products(step, tables, at, x, last - first, sums)
+        products(step, tables, at, x, last - first, sums, 0, 0, 0)
         beside = other.base + k * other.channel + start
         call(
             step[r.OUTPUT_KERNEL],

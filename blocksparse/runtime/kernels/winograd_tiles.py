@@ -67,7 +67,7 @@ def _products(
                     tables[at + r.TILE_VALUES] + plane * weights,
                     tables[at + r.TILE_OFFSETS], count, 4 * step[r.PLANE_CHANNEL],
                     sums + 4 * place * step[r.SUMS_PLANE], 4 * step[r.SUMS_ROW], at_once,
-                    4 * step[r.PLANE], weights, 4 * step[r.SUMS_PLANE],
+                    4 * step[r.PLANE], weights, 4 * step[r.SUMS_PLANE], 0, 0, 0,
                 ),
             )  # fmt: skip
 

@@ -65,14 +65,14 @@ class Function:
         pointer = self.builder.inttoptr(address, value.type.as_pointer())
         self.builder.store(value, pointer, align=FLOAT_BYTES)
 
-    def prefetch(self, address: ir.Value) -> None:
+    def prefetch(self, address: ir.Value, to_write: bool = False) -> None:
         """Ask for a cache line that will be read soon; the address may be anything."""
         b, module = self.builder, self.function.module
         pointer = b.inttoptr(address, I8.as_pointer())
         name = "llvm.prefetch.p0"
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
         function = module.globals.get(name) or ir.Function(module, kind, name=name)
-        b.call(function, [pointer, I32(0), I32(3), I32(1)])
+        b.call(function, [pointer, I32(int(to_write)), I32(3), I32(1)])
 
     def prefetch_weights(self, w: ir.Value, nbytes: int) -> None:
         """Ask for as many bytes of weights, some steps ahead of ``w``."""
