@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llvmlite import ir
 
 from blocksparse.format.weights import index_bits
@@ -11,7 +13,83 @@ from blocksparse.format.weights import index_bits
 from .writer import F32, FLOAT_BYTES, I32, I64, LINE_BYTES, Writer
 
 
-class PixelWriter(Writer):
+class RowsWriter(Writer):
+    """What follows the sums of R output channels: those of more channels, and the epilogue."""
+
+    def each_rows(
+        self,
+        y: ir.Value,
+        residual: ir.Value,
+        part: Callable[[ir.Value, ir.Value, ir.Value, ir.Value, ir.Value], None],
+    ) -> None:
+        """Write ``part(w, y, residual, bias, left)`` for R rows after the other of those asked for.
+
+        Their weights lie ``w_next`` bytes apart.
+        """
+        b, arg, height = self.builder, self.arg, I64(self.kernel.rows)
+        y_step = b.mul(arg["y_stride"], height)
+        residual_step = b.mul(arg["residual_stride"], height)
+
+        def rows(state: list[ir.Value]) -> list[ir.Value]:
+            w, y, residual, bias, left = state
+            part(w, y, residual, bias, left)
+            return [
+                b.add(w, arg["w_next"]),
+                b.add(y, y_step),
+                b.add(residual, residual_step),
+                self.step(bias, self.kernel.rows * FLOAT_BYTES),
+                b.sub(left, height),
+            ]
+
+        times = b.udiv(b.add(arg["rows"], I64(self.kernel.rows - 1)), height)
+        self.loop([arg["w"], y, residual, arg["bias"], arg["rows"]], rows, times)
+
+    def finish(
+        self,
+        kind: ir.Type,
+        sums: Callable[[int], list[ir.Value]],
+        y: ir.Value,
+        residual: ir.Value,
+        rows: ir.Value,
+        masks: list[ir.Value] | None = None,
+    ) -> None:
+        """Add the residual if any, clamp, zero the padding pixels, store the rows that exist.
+
+        ``sums(r)`` are the vectors or pixels of row r, of that kind and side by side.
+        """
+        b = self.builder
+        done = self.function.append_basic_block("stored")
+        has_residual = b.icmp_unsigned("!=", self.arg["residual"], I64(0))
+        size = FLOAT_BYTES * getattr(kind, "count", 1)
+        bounds = self.bounds(kind)
+        for r in range(self.kernel.rows):
+            row = self.function.append_basic_block(f"row{r}")
+            b.cbranch(b.icmp_signed(">", rows, I64(r)), row, done)
+            b.position_at_end(row)
+            plain = sums(r)
+            with b.if_then(has_residual):
+                at = b.add(residual, b.mul(self.arg["residual_stride"], I64(r)))
+                added = [
+                    b.fadd(x, self.load(kind, self.step(at, v * size))) for v, x in enumerate(plain)
+                ]
+                inside = b.block
+            merged = []
+            for x, beside in zip(plain, added, strict=True):
+                phi = b.phi(kind)
+                phi.add_incoming(x, row)
+                phi.add_incoming(beside, inside)
+                merged.append(phi)
+            at = b.add(y, b.mul(self.arg["y_stride"], I64(r)))
+            for v, x in enumerate(merged):
+                value = self.between(x, *bounds)
+                if masks is not None:
+                    value = b.select(masks[v], value, ir.Constant(kind, None))
+                self.store(value, self.step(at, v * size))
+        b.branch(done)
+        b.position_at_end(done)
+
+
+class PixelWriter(RowsWriter):
     """Register tiles of pixels, one beside the other, and their epilogue.
 
     One call computes ``tiles`` of them from the same weights. With a call for each, ResNet-50 took
@@ -45,40 +123,15 @@ class PixelWriter(Writer):
             tile += [one] * self.kernel.width
         return tile
 
-    def finish(
+    def finish_tile(
         self, tile: list[ir.Value], y: ir.Value, residual: ir.Value, mask: ir.Value, rows: ir.Value
     ) -> None:
-        """Add the residual if any, clamp, zero the padding pixels, store the rows that exist."""
-        b, width = self.builder, self.kernel.width
-        done = self.function.append_basic_block("stored")
-        has_residual = b.icmp_unsigned("!=", self.arg["residual"], I64(0))
+        """Finish accumulators [R * V], with a mask for each vector of pixels."""
+        width = self.kernel.width
         masks = [self.mask(self.step(mask, v * self.bit_bytes)) for v in range(width)]
-        bounds = self.bounds(self.vector)
-        zero = ir.Constant(self.vector, None)
-        for r in range(self.kernel.rows):
-            row = self.function.append_basic_block(f"row{r}")
-            b.cbranch(b.icmp_signed(">", rows, I64(r)), row, done)
-            b.position_at_end(row)
-            plain = tile[r * width : (r + 1) * width]
-            with b.if_then(has_residual):
-                at = b.add(residual, b.mul(self.arg["residual_stride"], I64(r)))
-                added = [
-                    b.fadd(x, self.load(self.vector, self.step(at, v * self.lanes * FLOAT_BYTES)))
-                    for v, x in enumerate(plain)
-                ]
-                inside = b.block
-            merged = []
-            for x, beside in zip(plain, added, strict=True):
-                phi = b.phi(self.vector)
-                phi.add_incoming(x, row)
-                phi.add_incoming(beside, inside)
-                merged.append(phi)
-            at = b.add(y, b.mul(self.arg["y_stride"], I64(r)))
-            for v, x in enumerate(merged):
-                value = b.select(masks[v], self.between(x, *bounds), zero)
-                self.store(value, self.step(at, v * self.lanes * FLOAT_BYTES))
-        b.branch(done)
-        b.position_at_end(done)
+        self.finish(
+            self.vector, lambda r: tile[r * width : (r + 1) * width], y, residual, rows, masks
+        )
 
 
 class BlockSums(Writer):
@@ -133,24 +186,14 @@ class SparseConv(BlockSums, PixelWriter):
 
     def tile(self, x: ir.Value, y: ir.Value, residual: ir.Value, mask: ir.Value) -> None:
         """Write what computes one tile of pixels, R rows at a time."""
-        b, arg, height = self.builder, self.arg, I64(self.kernel.rows)
-        y_step = b.mul(arg["y_stride"], height)
-        residual_step = b.mul(arg["residual_stride"], height)
 
-        def rows(state: list[ir.Value]) -> list[ir.Value]:
-            w, y, residual, bias, left = state
+        def part(
+            w: ir.Value, y: ir.Value, residual: ir.Value, bias: ir.Value, left: ir.Value
+        ) -> None:
             sums = self.block_sums(x, w, self.bias_tile(bias))
-            self.finish(sums, y, residual, mask, left)
-            return [
-                b.add(w, arg["w_next"]),
-                b.add(y, y_step),
-                b.add(residual, residual_step),
-                self.step(bias, self.kernel.rows * FLOAT_BYTES),
-                b.sub(left, height),
-            ]
+            self.finish_tile(sums, y, residual, mask, left)
 
-        times = b.udiv(b.add(arg["rows"], I64(self.kernel.rows - 1)), height)
-        self.loop([arg["w"], y, residual, arg["bias"], arg["rows"]], rows, times)
+        self.each_rows(y, residual, part)
 
 
 class SparseProduct(BlockSums):
@@ -232,4 +275,4 @@ class NMConv(PixelWriter):
 
         start = [arg["offsets"], arg["w"], I64(0), *self.bias_tile(arg["bias"])]
         _, _, _, *tile = self.loop(start, group)
-        self.finish(tile, y, residual, mask, arg["rows"])
+        self.finish_tile(tile, y, residual, mask, arg["rows"])
