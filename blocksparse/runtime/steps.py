@@ -210,8 +210,7 @@ class _Lowering:
             way, packed = self._prepared(node, weight, source)
             op = _WINOGRAD[way.transforms][0] if way.transforms else op
         else:
-            packed = pack(weight, groups, self.target)
-            release(weight)
+            packed = self._packed(node, weight, way, groups)
         if packed.group:
             op = {records.CONV: records.CONV_NM, records.LINEAR: records.LINEAR_NM}[op]
         activation = node.attrs["activation"]
@@ -232,15 +231,19 @@ class _Lowering:
             return None
         return winograd.pool_after(self.model.graph, node, self.target.lanes)
 
+    def _packed(self, node: Node, weight: Weight, stored: Algorithm, groups: int) -> Packed:
+        """Pack a weight as it is stored or as if dense, once for all lowerings of a model."""
+        if (node.name, stored) not in self.packs:
+            as_taken = DenseWeight(weight.to_dense()) if stored.dense else weight
+            self.packs[node.name, stored] = pack(as_taken, groups, self.target)
+            release(weight)
+        return self.packs[node.name, stored]
+
     def _prepared(self, node: Node, weight: Weight, source: str) -> tuple[Algorithm, Packed]:
         """Prepare the weight of a convolution, and say how it is computed."""
         way = self.ways.get(node.name)
         stored = Algorithm.DENSE if way is not None and way.dense else Algorithm.DIRECT
-        if (node.name, stored) not in self.packs:
-            as_taken = DenseWeight(weight.to_dense()) if stored.dense else weight
-            self.packs[node.name, stored] = pack(as_taken, node.attrs["groups"], self.target)
-            release(weight)
-        packed = self.packs[node.name, stored]
+        packed = self._packed(node, weight, stored, node.attrs["groups"])
         if way is None:
             way = Algorithm.COLUMNS if self._rule(node, packed, source) else Algorithm.DIRECT
         if way.transforms and (node.name, way) not in self.packs:

@@ -140,7 +140,8 @@ class Block(Pattern):
         size = self.sizes(shape).to(terms.device)
         # Padding adds zeros to the sums and nothing to the sizes.
         pad = (0, 0, 0, block_cols * self.cols - ins, 0, block_rows * self.rows - outs)
-        terms = torch.nn.functional.pad(terms, pad)
+        if any(pad):  # else it would only copy
+            terms = torch.nn.functional.pad(terms, pad)
         tiles = terms.reshape(block_rows, self.rows, block_cols, self.cols, taps)
         total = tiles.sum((1, 3, 4) if self.shared else (1, 3)).reshape(-1)
 

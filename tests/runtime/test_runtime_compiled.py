@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from models import POOL, Builder, randoms
 
 from blocksparse.format import ACTIVATIONS
-from blocksparse.runtime import load, reference
-from blocksparse.runtime.compiled import PLANS
+from blocksparse.runtime import algorithms, load, reference, steps
+from blocksparse.runtime.compiled import PLANS, CompiledEngine
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -310,3 +310,19 @@ def test_timed_run_says_where_the_time_went():
     assert (trace.busy_ns >= 0).all()
     # the convolution of the larger plane takes most of the work
     assert trace.steps[int(trace.busy_ns.sum(axis=0).argmax())].packed is not None
+
+
+def test_every_weight_is_packed_once_while_ways_are_measured(tmp_path, monkeypatch):
+    """That of VGG's first linear layer has 400 MB, and the network is lowered for every way."""
+    monkeypatch.setattr(algorithms, "cache_folder", lambda: tmp_path)  # nothing measured yet
+    monkeypatch.setattr(algorithms, "MEASURED_FLOPS", 0)
+    packed = []
+    pack = steps.pack
+    monkeypatch.setattr(steps, "pack", lambda *given: packed.append(given[0]) or pack(*given))
+    b = Builder((3, 8, 8))
+    b.linear(b.node("flatten", b.conv("x", 8)), 4)
+    model = b.model()
+    engine = CompiledEngine(model)
+    assert len(engine.algorithms.open) == 1
+    engine.run(randoms(1, 3, 8, 8), 1)
+    assert packed == list(model.weights.values())
