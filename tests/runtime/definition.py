@@ -21,18 +21,16 @@ def correlate(x, weight, padding, dilation, stride=(1, 1)):
 def without_stride(x, weight, padding, stride):
     """Return the phases of x and of the weight as channels: the same outputs at stride 1, unpadded.
 
-    Every phase has as many taps; those it lacks are zero.
+    Every phase has as many taps; those it lacks are zero. There may be more outputs behind the
+    last: of rows and columns that nothing reads at the stride.
     """
     down, along = stride
     (rows, taps), (top, left) = weight.shape[2:], padding
     fill = [(0, 0), (0, 0), (0, -rows % down), (0, -taps % along)]
     weight = np.pad(weight, fill)
-    height = (x.shape[2] + 2 * top - rows) // down + weight.shape[2] // down
-    width = (x.shape[3] + 2 * left - taps) // along + weight.shape[3] // along
-    room = (down * height, along * width)
-    whole = np.zeros((*x.shape[:2], *(size + 99 for size in room)), x.dtype)
+    height, width = x.shape[2] + 2 * top, x.shape[3] + 2 * left
+    whole = np.zeros((*x.shape[:2], height + -height % down, width + -width % along), x.dtype)
     whole[:, :, top : top + x.shape[2], left : left + x.shape[3]] = x
-    whole = whole[:, :, : room[0], : room[1]]
     phases = [(i, j) for i in range(down) for j in range(along)]
     return tuple(
         np.concatenate([array[:, :, i::down, j::along] for i, j in phases], axis=1)
