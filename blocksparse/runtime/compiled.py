@@ -30,8 +30,8 @@ PLANS = 4
 ROUNDS, SECONDS = 5, 1.0
 """Timed runs of the network for every way to compute a layer, at least, and how long to go on.
 
-Small networks have more rounds so: on a machine whose cores lost speed for tenths of a second at a
-time, the least of five was that of slow runs, and a ResNet-50 at 75 % kept ways that cost it 4 %.
+Small networks have more rounds so: beside another program that held a core, the least of five was
+that of slow runs, and a ResNet-50 at 75 % kept ways that cost it 4 %.
 """
 
 MOST_IMAGES = 8
