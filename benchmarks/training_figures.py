@@ -29,7 +29,7 @@ class Variant:
     autocast : bool
         Convolutions and linear layers in bfloat16, as with ``trainer.precision=bf16-mixed``.
     compiled : bool
-        Network and teacher through `torch.compile`; no setting of `train.py` does that.
+        Network and teacher through `torch.compile`, as with ``compile_steps=true``.
     from_files : bool
         Images decoded anew for every step, as with ``data.in_memory=false data.num_workers=0``.
     teacher : bool
@@ -57,6 +57,7 @@ OTHERS = (
     Variant("not-deterministic", deterministic=False),
     Variant("channels-last-bf16", channels_last=True, autocast=True),
     Variant("channels-last-compile", channels_last=True, compiled=True),
+    Variant("channels-last-bf16-compile", channels_last=True, autocast=True, compiled=True),
 )
 
 
