@@ -46,9 +46,9 @@ class Score:
     def terms(self, weight: Tensor) -> Tensor:
         """Return ``|w|^p`` entry by entry, float64 of the shape of ``weight``."""
         # MPS has no float64, and a CPU gives the same ranking as every other machine.
-        wide = weight.detach().to("cpu" if weight.device.type == "mps" else weight.device)
-        wide = wide.to(torch.float64)
-        return wide.abs() if self.power == 1 else wide.square()
+        device = "cpu" if weight.device.type == "mps" else weight.device
+        wide = weight.detach().to(device).to(torch.float64, copy=True)
+        return wide.abs_() if self.power == 1 else wide.square_()
 
     def root(self, total: Tensor, count: Tensor | int) -> Tensor:
         """Return the score of groups whose terms sum to ``total`` over ``count`` weights.

@@ -173,6 +173,16 @@ def test_shared_blocks_are_alike_at_all_positions_and_others_are_not():
     assert (tiles == tiles[:, :1, :, :1]).all()
 
 
+@pytest.mark.parametrize("score", [l1, l2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scoring_leaves_the_weight_alone(score, dtype):
+    weight = torch.tensor([[3.0, -4.0], [-0.5, 2.0]], dtype=dtype)
+    before = weight.clone()
+    expected = [[float(w) ** 2 if score is l2 else abs(float(w)) for w in row] for row in weight]
+    assert score.terms(weight).tolist() == expected
+    assert torch.equal(weight, before)
+
+
 def test_the_order_of_summation_does_not_show():
     """Blocks that are permutations of each other tie, and the lower index is kept."""
     rng = np.random.default_rng(3)
