@@ -244,8 +244,10 @@ class NMWeight:
         Raises
         ------
         ValueError
-            Where a group holds more than n nonzeros, naming the first.
+            Where n or m is out of range, or a group holds more than n nonzeros, naming the first.
         """
+        if not 1 <= n <= m <= MAX_GROUP:
+            raise ValueError(f"{n}:{m}: n:m needs 1 <= n <= m <= {MAX_GROUP}")
         dense = _dense(array)
         k, channels = dense.shape[:2]
         positions = prod(dense.shape[2:])

@@ -112,11 +112,8 @@ def fill_columns(product: Product) -> int:
     product.keep(records.WITHIN, lane_bits(columns < row, lanes))
     product.keep(records.ZEROS, np.zeros(len(columns), np.float32))
     offsets = packed.channels.astype(np.int64) * line - left + packed.positions * dilation
-    _fill(product, offsets, bands)
-    scratch = _fill_planes(product, filtering, batch * per_image, band, vectors, line)
-    record[records.PAD_TOP] = top
-    record[records.BLOCK_CHANNEL] *= planes
-    return scratch
+    _fill(product, offsets, bands, top)
+    return _fill_planes(product, filtering, batch * per_image, band, vectors, line, planes)
 
 
 def fill_lines(product: Product) -> int:
@@ -140,7 +137,7 @@ def fill_lines(product: Product) -> int:
     product.call(records.INPUT_KERNEL, Kernel("line_input", width=width))
     product.call(records.OUTPUT_KERNEL, Kernel("line_output", width=width))
     product.keep(records.INSIDE, pixel_mask(output, product.batch, lanes))
-    _fill(product, packed.channels * np.int64(line), bands)
+    _fill(product, packed.channels * np.int64(line), bands, above)
     return _fill_planes(product, filtering, units, band, band, line)
 
 
@@ -187,7 +184,7 @@ def fill_tiles(product: Product) -> int:
     pixel = _unit_pixels(OUTPUTS // window, lanes, groups, along)
     written = [pixel < output.width, pixel < output.row]
     product.keep(records.WITHIN, lane_bits(np.concatenate(written, axis=1), lanes))
-    _fill(product, packed.channels * np.int64(line), bands)
+    _fill(product, packed.channels * np.int64(line), bands, step.node.attrs["padding"][0])
     return records.HEADER + 4 * planes * (plane + together * packed.rows * sums)
 
 
@@ -201,7 +198,13 @@ def _unit_pixels(width: int, lanes: int, groups: int, along: int) -> npt.NDArray
 
 
 def _fill_planes(
-    product: Product, filtering: Filtering, units: int, band: int, vectors: int, line: int
+    product: Product,
+    filtering: Filtering,
+    units: int,
+    band: int,
+    vectors: int,
+    line: int,
+    phases: int = 1,
 ) -> int:
     """Fill what the planes of a band take in one direction; return their bytes, sums included.
 
@@ -211,6 +214,8 @@ def _fill_planes(
         Tile rows or units of all images, and of a band.
     vectors, line : int
         Vectors of a band that are computed, and floats from one channel of a plane to the next.
+    phases : int
+        Phase planes of an input channel, which count as channels of a plane.
     """
     record, rows, lanes = product.record, product.packed.rows, product.target.lanes
     plane = layout.odd_lines(product.source.channels * line)
@@ -219,15 +224,16 @@ def _fill_planes(
     record[records.BAND] = band
     record[[records.OUTPUTS, records.PLANES_ALL]] = filtering.outputs, filtering.planes
     record[[records.PLANE, records.PLANE_CHANNEL]] = plane, line
-    record[records.BLOCK_CHANNEL] = line
+    record[records.BLOCK_CHANNEL] = line * phases
     record[[records.SUMS_PLANE, records.SUMS_ROW]] = rows * sums, sums
     return records.HEADER + 4 * filtering.planes * (plane + rows * sums)
 
 
-def _fill(product: Product, offsets: npt.NDArray[np.int64], bands: int) -> None:
+def _fill(product: Product, offsets: npt.NDArray[np.int64], bands: int, above: int) -> None:
+    """Fill what all three have in common; an image begins with `above` rows of padding."""
     record, packed = product.record, product.packed
     record[records.LANES] = product.target.lanes
-    record[records.PAD_TOP] = product.step.node.attrs["padding"][0]
+    record[records.PAD_TOP] = above
     record[records.STEP_BYTES] = 4 * packed.rows * packed.columns
     parts = fill_product(product, offsets.astype(np.int32), -(-ITEMS // bands))
     record[records.ITEMS] = bands * parts

@@ -249,9 +249,7 @@ class _Lowering:
         if way.transforms and (node.name, way) not in self.packs:
             _, transform = _WINOGRAD[way.transforms]
             kernel = kernel_size(self.model, node)
-            self.packs[node.name, way] = transform(
-                winograd.on_phases(packed, node, kernel), winograd.read_kernel(node, kernel)
-            )
+            self.packs[node.name, way] = transform(*winograd.on_phases(packed, node, kernel))
         return way, self.packs[node.name, way] if way.transforms else packed
 
     def _rule(self, node: Node, packed: Packed, source: str) -> bool:
@@ -262,15 +260,9 @@ class _Lowering:
         fits = winograd.fits_columns(node, kernel) and winograd.holds_padding(node, self.target)
         if not fits:
             return False
-        geometry = winograd.Geometry(
-            winograd.read_kernel(node, kernel), node.shape[1], self.frames[node.name].row
-        )
-        return winograd.pays(
-            winograd.on_phases(packed, node, kernel),
-            self.shapes[source][0],
-            geometry,
-            self.target.lanes,
-        )
+        packed, size = winograd.on_phases(packed, node, kernel)
+        geometry = winograd.Geometry(size, node.shape[1], self.frames[node.name].row)
+        return winograd.pays(packed, self.shapes[source][0], geometry, self.target.lanes)
 
     def _conv2d(self, node: Node) -> None:
         source = node.inputs[0]

@@ -139,13 +139,22 @@ def holds_padding(node: Node, target: Target) -> bool:
     return bool(node.attrs["padding"][1] <= target.lanes)
 
 
-def on_phases(packed: Packed, node: Node, kernel: tuple[int, int]) -> Packed:
-    """Turn a prepared weight into one of stride 1 and size `read_kernel` on what is read."""
+def on_phases(
+    packed: Packed, node: Node, kernel: tuple[int, int]
+) -> tuple[Packed, tuple[int, int]]:
+    """Turn a prepared weight into one of stride 1 on what is read; return it and its kernel size.
+
+    The size is that of `read_kernel`.
+    """
+    size = read_kernel(node, kernel)
     if not layout.is_strided(node):
-        return packed
+        return packed, size
     channel, row, column = layout.taps(node, kernel, packed.channels, packed.positions)
-    position = row * read_kernel(node, kernel)[1] + column
-    return replace(packed, channels=channel.astype(np.int32), positions=position.astype(np.int32))
+    position = row * size[1] + column
+    on_planes = replace(
+        packed, channels=channel.astype(np.int32), positions=position.astype(np.int32)
+    )
+    return on_planes, size
 
 
 def columns(packed: Packed, kernel: tuple[int, int]) -> Packed:

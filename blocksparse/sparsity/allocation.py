@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from blocksparse.sparsity.layers import FoundLayer, check_globs, matches_any
+from blocksparse.sparsity.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,12 @@ class Allocation(ABC):
         """Return the sparsity of all pruned layers together, where ``target`` is asked for."""
         return target
 
-    def check(self, layers: Sequence[FoundLayer]) -> None:  # noqa: B027 - most rules name no layer
+    def check(  # noqa: B027 - most rules name no layer
+        self, layers: Sequence[FoundLayer], pattern: Pattern
+    ) -> None:
         """Refuse names that do not go with ``layers``, all of the network, the dense ones too.
+
+        ``pattern`` is what they are pruned with.
 
         Raises
         ------
@@ -179,7 +184,7 @@ class Targets(Allocation):
         found = [sparsity for glob, sparsity in self.targets if matches_any(name, [glob])]
         return found[-1] if found else None
 
-    def check(self, layers: Sequence[FoundLayer]) -> None:
+    def check(self, layers: Sequence[FoundLayer], pattern: Pattern) -> None:
         """Refuse globs that match no layer that is pruned; see `Allocation.check`."""
         check_globs("targets", [glob for glob, _ in self.targets], [x.name for x in layers])
         for glob, sparsity in self.targets:

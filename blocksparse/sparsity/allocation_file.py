@@ -9,6 +9,7 @@ The file is YAML, and meant to be read and changed by people::
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,10 @@ from blocksparse.sparsity.allocation import (
     weights_for,
 )
 from blocksparse.sparsity.layers import FoundLayer
+from blocksparse.sparsity.patterns import Pattern
 from blocksparse.whole_file import write_whole
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,12 @@ class FileAllocation(Allocation):
 
     path: str = field(repr=False)  # a run that goes on may find the file elsewhere
     layers: Mapping[str, StoredLayer] = field(init=False)
+    pattern: str = field(init=False)  # "" where the file does not say
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", read_allocation(Path(self.path)))
+        layers, pattern = read_allocation(Path(self.path))
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "pattern", pattern)
 
     def overall(self, target: float) -> float:
         """Return the sparsity of all layers of the file together."""
@@ -76,8 +83,12 @@ class FileAllocation(Allocation):
         )
         return zeros / max(sum(sizes), 1)
 
-    def check(self, layers: Sequence[FoundLayer]) -> None:
-        """Refuse a file of another network, or of other layers of it; see `Allocation.check`."""
+    def check(self, layers: Sequence[FoundLayer], pattern: Pattern) -> None:
+        """Refuse a file of another network, or of other layers of it; see `Allocation.check`.
+
+        A file made for another pattern is used, for its sparsities are good for any, and a warning
+        says so.
+        """
         found = {layer.name: layer for layer in layers}
         wrong = []
         for name, stored in self.layers.items():
@@ -100,6 +111,14 @@ class FileAllocation(Allocation):
                 f"{'; '.join(wrong[:6])}{more}. Use the network, sparsity and sparsity.dense it "
                 "was made with, or make one for this network with task=allocate"
             )
+        if self.pattern not in ("", str(pattern)):
+            logger.warning(
+                "%s: was made for %s, and the layers are pruned with %s, which may need other "
+                "sparsities; task=allocate makes a file for it",
+                self.path,
+                self.pattern,
+                pattern,
+            )
 
     def zeros(self, layers: Sequence[Candidate], target: float, limit: float) -> list[int | None]:
         """Return the weights that must go per layer; see `Allocation.zeros`."""
@@ -116,8 +135,15 @@ class FileAllocation(Allocation):
         return result
 
 
-def read_allocation(path: Path) -> dict[str, StoredLayer]:
-    """Return the layers of an allocation file.
+def read_allocation(path: Path) -> tuple[dict[str, StoredLayer], str]:
+    """Read an allocation file.
+
+    Returns
+    -------
+    layers : dict of str to StoredLayer
+        By module name, in the order of the file.
+    pattern : str
+        What it was made for; empty where the file does not say.
 
     Raises
     ------
@@ -141,7 +167,8 @@ def read_allocation(path: Path) -> dict[str, StoredLayer]:
             f"{path}: not an allocation, which has `layers:` and below it lines such as "
             "`layer1.0.conv1: {shape: [16, 16, 3, 3], sparsity: 0.5}`"
         )
-    return {str(name): _stored(path, str(name), entry) for name, entry in entries.items()}
+    layers = {str(name): _stored(path, str(name), entry) for name, entry in entries.items()}
+    return layers, str(content.get("pattern", ""))
 
 
 def write_allocation(
@@ -156,7 +183,7 @@ def write_allocation(
     layers : mapping of str to StoredLayer
         Every layer that may be pruned, by its module name.
     facts : mapping of str to plain value
-        What a reader may want to know, such as the pattern it was made for. Not read again.
+        What a reader may want to know. Of these, only ``pattern`` is read again.
     """
     lines = [yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True)] if facts else []
     lines.append("layers:\n")

@@ -81,7 +81,7 @@ def resolve(
         raise ValueError(f"sparsity.target is a fraction in 0..1, not {target}")
     found = find_layers(network, layers or Layers())
     found = [_with_room(layer, pattern, floors) for layer in found]
-    allocation.check(found)
+    allocation.check(found, pattern)
     target = allocation.overall(target)
     candidates = [
         Candidate(

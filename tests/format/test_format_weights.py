@@ -139,6 +139,12 @@ def test_nm_in_wide_groups(n, m):
     assert (np.diff(weight.unpack_indices().astype(int), axis=-1) >= 0).all()
 
 
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (5, 4), (2, 257)])
+def test_nm_outside_of_the_format_is_refused(n, m):
+    with pytest.raises(ValueError, match=rf"{n}:{m}: n:m needs 1 <= n <= m <= 256"):
+        NMWeight.from_dense(np.zeros((8, 600), np.float32), n, m)
+
+
 def test_two_four_is_half_plus_index_bits():
     array = np.zeros((64, 64, 3, 3), np.float32)
     weight = NMWeight.from_dense(array, 2, 4)

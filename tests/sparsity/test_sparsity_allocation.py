@@ -90,7 +90,7 @@ def test_a_file_may_leave_layers_dense_and_have_names_with_signs(tmp_path: Path)
     layers = {"1": StoredLayer((32, 16, 3, 3), 0.0), "a: b[0]": StoredLayer((8, 8), 1 / 3)}
     path = tmp_path / "a.yaml"
     write_allocation(path, layers, {})
-    assert read_allocation(path) == layers
+    assert read_allocation(path) == (layers, "")
 
 
 def test_layers_a_file_leaves_dense_count(tmp_path: Path) -> None:
@@ -101,6 +101,15 @@ def test_layers_a_file_leaves_dense_count(tmp_path: Path) -> None:
     assert [layer.name for layer in plan.pruned] == ["2"]
     assert plan.prunable == sum(map(math.prod, shapes.values()))
     assert plan.sparsity == pytest.approx(plan.target)
+
+
+def test_a_file_of_another_pattern_is_used_and_says_so(tmp_path: Path, caplog) -> None:
+    path = stored(resolve(network(), target=0.5, pattern=NM(2, 4)), tmp_path / "a.yaml")
+    resolve(network(), target=0.5, pattern=NM(2, 4), allocation=FileAllocation(str(path)))
+    assert caplog.text == ""
+    plan = resolve(network(), target=0.5, pattern=Block(4, 4), allocation=FileAllocation(str(path)))
+    assert plan.sparsity == pytest.approx(0.5)
+    assert f"a.yaml: was made for {NM(2, 4)}, and the layers are pruned with" in caplog.text
 
 
 def test_a_file_of_another_network_says_what_differs(tmp_path: Path) -> None:
