@@ -108,6 +108,9 @@ class Result:
         One line per engine that did not take part.
     seconds : mapping of str to float
         What the parts of the measurement took.
+    handovers : tuple of float
+        Nanoseconds that a line of memory took from one core to another, after each round; none
+        for one thread. See `handover`.
     """
 
     setting: Setting
@@ -118,6 +121,7 @@ class Result:
     work: tuple[Work, ...]
     left_out: tuple[str, ...]
     seconds: dict[str, float]
+    handovers: tuple[float, ...] = ()
 
     @property
     def fastest_peer(self) -> Row | None:

@@ -15,8 +15,9 @@ from benchmarks import engines
 from benchmarks.engines import Engine
 from benchmarks.exports import Exports
 from benchmarks.figures import Result, Row, Setting, Work
+from benchmarks.handover import handover
 from benchmarks.stage import say, stage
-from blocksparse.perf import describe_machine, interleave
+from blocksparse.perf import describe_machine, interleave, usable_cores
 
 # Seconds. PyTorch's OpenMP threads were seen to spin for 5 ms after a call, ONNX Runtime's for 25
 # unless told not to, as they are here.
@@ -134,8 +135,15 @@ def measure_setting(
         candidates, left_out = build_engines(exports, setting, without)
     for line in left_out:
         say(f"  {line}")
+    handovers: list[float] = []
+
+    def on_round(done: float) -> None:
+        if min(setting.threads, usable_cores()) > 1:
+            handovers.append(handover())
+        timed.step(done)
+
     with stage(f"{setting}: comparing outputs and measuring") as timed:
-        rows = measure(exports, candidates, setting.batch, rounds, seconds, timed.step)
+        rows = measure(exports, candidates, setting.batch, rounds, seconds, on_round)
     machine = describe_machine(
         torch=torch.__version__,
         torchvision=torchvision.__version__,
@@ -166,6 +174,7 @@ def measure_setting(
             "engines": built.seconds,
             "measuring": timed.seconds,
         },
+        handovers=tuple(handovers),
     )
 
 

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.figures import OURS, Result, Row
 from benchmarks.stage import say
 from blocksparse.cli import console as ui
@@ -65,6 +67,14 @@ def page(result: Result) -> str:
     ]
     for line in result.left_out:
         lines += ["", f"{line[0].upper()}{line[1:]}."]
+    if result.handovers:
+        q1, median, q3 = np.quantile(result.handovers, (0.25, 0.5, 0.75))
+        lines += [
+            "",
+            f"A line of memory went from one core to the other in {median:.0f} ns (quartiles of "
+            f"the rounds {q1:.0f} to {q3:.0f}). Where that changes, the cores were moved; the "
+            "farther apart they are, the more two threads of one network lose to each other.",
+        ]
     lines += noise(result)
     return "\n".join(lines) + "\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -59,6 +60,13 @@ def test_tables_have_as_many_cells_as_columns():
         for line in text.splitlines():
             width = (width or line.count("|")) if line.startswith("|") else None
             assert width is None or line.count("|") == width
+
+
+def test_page_says_how_far_apart_the_cores_were():
+    figures = dataclasses.replace(result(FAST, SPARSE), handovers=(30.0, 34.0, 38.0, 150.0, 158.0))
+    assert "in 38 ns (quartiles of the rounds 34 to 150)" in page(figures)
+    assert facts(figures)["handovers"] == figures.handovers
+    assert "from one core" not in page(result(FAST, SPARSE))
 
 
 def test_page_names_what_was_too_noisy():
