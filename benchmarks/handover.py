@@ -12,7 +12,8 @@ import threading
 import numpy as np
 from numba import njit
 
-from blocksparse.runtime.kernels.intrinsics import give_way, load_acquire, now, pause, store
+from blocksparse.runtime.kernels.intrinsics import now, store
+from blocksparse.runtime.kernels.program import wait
 
 TURNS = 2000
 """Times the line goes there and back, some hundred microseconds; half as many before count not."""
@@ -58,11 +59,6 @@ def _bounce(at: int, before: int, turns: int, side: int) -> int:
     for turn in range(before + turns):
         if turn == before:
             start = now()
-        spins = 0
-        while load_acquire(at) != 2 * turn + side:
-            pause()
-            spins += 1
-            if spins % 2000 == 0:  # the other may want this very core
-                give_way()
+        wait(at, 2 * turn + side)
         store(at, 2 * turn + side + 1)
     return now() - start

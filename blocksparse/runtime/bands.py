@@ -96,9 +96,9 @@ def fill_columns(product: Product) -> int:
     # the zeros left of the first row, the band, and what its last vector writes and reads beyond
     vectors = -(-band * row // lanes)
     dilation, (top, left) = attrs["dilation"][1], attrs["padding"]
-    planes = 1
+    phases = 1
     if layout.is_strided(product.step.node):  # phase planes hold the padding
-        planes, top, left = len(layout.phases(product.step.node, product.kernel)), 0, 0
+        phases, top, left = len(layout.phases(product.step.node, product.kernel)), 0, 0
     lead = lanes if left else 0
     written = band * row + layout.round_up(row, lanes) - row
     reached = vectors * lanes + (width - 1) * dilation - left
@@ -113,7 +113,7 @@ def fill_columns(product: Product) -> int:
     product.keep(records.ZEROS, np.zeros(len(columns), np.float32))
     offsets = packed.channels.astype(np.int64) * line - left + packed.positions * dilation
     _fill(product, offsets, bands, top)
-    return _fill_planes(product, filtering, batch * per_image, band, vectors, line, planes)
+    return _fill_planes(product, filtering, batch * per_image, band, vectors, line, phases)
 
 
 def fill_lines(product: Product) -> int:

@@ -168,7 +168,7 @@ def read_allocation(path: Path) -> tuple[dict[str, StoredLayer], str]:
             "`layer1.0.conv1: {shape: [16, 16, 3, 3], sparsity: 0.5}`"
         )
     layers = {str(name): _stored(path, str(name), entry) for name, entry in entries.items()}
-    return layers, str(content.get("pattern", ""))
+    return layers, str(content.get("pattern") or "")
 
 
 def write_allocation(

@@ -112,6 +112,12 @@ def test_a_file_of_another_pattern_is_used_and_says_so(tmp_path: Path, caplog) -
     assert f"a.yaml: was made for {NM(2, 4)}, and the layers are pruned with" in caplog.text
 
 
+def test_a_file_may_leave_its_pattern_open(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("pattern:\nlayers: {'2': {shape: [64, 32, 3, 3], sparsity: 0.5}}\n")
+    assert read_allocation(path)[1] == ""
+
+
 def test_a_file_of_another_network_says_what_differs(tmp_path: Path) -> None:
     path = stored(resolve(network(), target=0.5), tmp_path / "a.yaml")
     other = network()

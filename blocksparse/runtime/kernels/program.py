@@ -89,7 +89,7 @@ def run(record_at: int, thread: int, number: int) -> None:
                 fetch_add(finished, 1)
         if timed:
             times[2 * s + 2] = now()
-        _wait(finished, items)
+        wait(finished, items)
         if timed:
             times[2 * s + 3] = now()
     if thread > 0:
@@ -99,13 +99,14 @@ def run(record_at: int, thread: int, number: int) -> None:
             pause()
     else:
         entered = fetch_add(gate, c.SHUT) & (c.SHUT - 1)
-        _wait(left, entered)  # they are past their last item
+        wait(left, entered)  # they are past their last item
         if load_acquire(failed) != 0:
             raise RuntimeError
 
 
 @loop
-def _wait(counter: int, count: int) -> None:
+def wait(counter: int, count: int) -> None:
+    """Wait until the number at an address has reached a count."""
     spins = 0
     while load_acquire(counter) < count:
         pause()
