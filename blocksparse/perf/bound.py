@@ -32,7 +32,7 @@ from blocksparse.format import Node
 from blocksparse.format.model import Model
 from blocksparse.perf.ceilings import Ceilings
 from blocksparse.runtime.kernels import records
-from blocksparse.runtime.steps import Step
+from blocksparse.runtime.step import Step
 
 FLOAT_BYTES = 4
 COMPUTE = "compute"

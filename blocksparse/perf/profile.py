@@ -24,7 +24,7 @@ from blocksparse.runtime.compiled import CompiledEngine
 from blocksparse.runtime.explain import LayerChoice
 from blocksparse.runtime.kernels import records
 from blocksparse.runtime.network import Network
-from blocksparse.runtime.steps import Step
+from blocksparse.runtime.step import Step
 from blocksparse.runtime.trace import Trace
 
 WINOGRAD = "winograd"

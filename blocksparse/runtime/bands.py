@@ -90,15 +90,16 @@ def fill_columns(product: Product) -> int:
     lanes, row, channels = product.target.lanes, output.row, product.source.channels
     filtering = FILTERINGS[height]
     per_image = -(-output.height // filtering.outputs)
-    in_halves = shares_pixels(packed, channels, 4 * batch * per_image * filtering.outputs * row)
+    in_halves = product.step.rows is None and shares_pixels(
+        packed, channels, 4 * batch * per_image * filtering.outputs * row
+    )
     unit_bytes = 4 * filtering.planes * channels * row
     band, bands = cut(batch * per_image, unit_bytes, in_halves, _least(packed))
     # the zeros left of the first row, the band, and what its last vector writes and reads beyond
     vectors = -(-band * row // lanes)
-    dilation, (top, left) = attrs["dilation"][1], attrs["padding"]
-    phases = 1
+    dilation, left, phases = attrs["dilation"][1], attrs["padding"][1], 1
     if layout.is_strided(product.step.node):  # phase planes hold the padding
-        phases, top, left = len(layout.phases(product.step.node, product.kernel)), 0, 0
+        phases, left = len(layout.phases(product.step.node, product.kernel)), 0
     lead = lanes if left else 0
     written = band * row + layout.round_up(row, lanes) - row
     reached = vectors * lanes + (width - 1) * dilation - left
@@ -112,7 +113,7 @@ def fill_columns(product: Product) -> int:
     product.keep(records.WITHIN, lane_bits(columns < row, lanes))
     product.keep(records.ZEROS, np.zeros(len(columns), np.float32))
     offsets = packed.channels.astype(np.int64) * line - left + packed.positions * dilation
-    _fill(product, offsets, bands, top)
+    _fill(product, offsets, bands)
     return _fill_planes(product, filtering, batch * per_image, band, vectors, line, phases)
 
 
@@ -128,16 +129,16 @@ def fill_lines(product: Product) -> int:
     lanes, channels = product.target.lanes, product.source.channels
     filtering, run = FILTERINGS[width], output.run(product.batch)
     units = -(-run // (filtering.outputs * lanes))
-    in_halves = shares_pixels(packed, channels, 4 * run)
+    in_halves = product.step.rows is None and shares_pixels(packed, channels, 4 * run)
     unit_bytes = 4 * filtering.planes * channels * lanes
     band, bands = cut(units, unit_bytes, in_halves, _least(packed))
     line = layout.odd_lines(band * lanes)
-    above, left = product.step.node.attrs["padding"]
-    product.record[records.PAD_LEFT] = above * output.row + left
+    left = product.step.node.attrs["padding"][1]
+    product.record[records.PAD_LEFT] = product.step.top * output.row + left
     product.call(records.INPUT_KERNEL, Kernel("line_input", width=width))
     product.call(records.OUTPUT_KERNEL, Kernel("line_output", width=width))
     product.keep(records.INSIDE, pixel_mask(output, product.batch, lanes))
-    _fill(product, packed.channels * np.int64(line), bands, above)
+    _fill(product, packed.channels * np.int64(line), bands)
     return _fill_planes(product, filtering, units, band, band, line)
 
 
@@ -153,11 +154,15 @@ def fill_tiles(product: Product) -> int:
     source, output, batch = product.source, product.output, product.batch
     lanes, planes = product.target.lanes, PLANES * PLANES
     _, height, width = step.node.shape
+    if step.rows is not None:
+        height = step.rows.height
     across, down = -(-width // OUTPUTS), -(-height // OUTPUTS)
     groups = unit_rows(height, width, lanes)
     along = -(-across * groups // lanes)
     per_image = -(-down // groups) * along
-    in_halves = shares_pixels(packed, source.channels, 4 * batch * height * source.row)
+    in_halves = step.rows is None and shares_pixels(
+        packed, source.channels, 4 * batch * height * source.row
+    )
     unit_bytes = 4 * planes * source.channels * lanes
     band, bands = cut(batch * per_image, unit_bytes, in_halves, _least(packed))
     line = layout.odd_lines(band * lanes)
@@ -184,7 +189,7 @@ def fill_tiles(product: Product) -> int:
     pixel = _unit_pixels(OUTPUTS // window, lanes, groups, along)
     written = [pixel < output.width, pixel < output.row]
     product.keep(records.WITHIN, lane_bits(np.concatenate(written, axis=1), lanes))
-    _fill(product, packed.channels * np.int64(line), bands, step.node.attrs["padding"][0])
+    _fill(product, packed.channels * np.int64(line), bands)
     return records.HEADER + 4 * planes * (plane + together * packed.rows * sums)
 
 
@@ -229,11 +234,11 @@ def _fill_planes(
     return records.HEADER + 4 * filtering.planes * (plane + rows * sums)
 
 
-def _fill(product: Product, offsets: npt.NDArray[np.int64], bands: int, above: int) -> None:
-    """Fill what all three have in common; an image begins with `above` rows of padding."""
+def _fill(product: Product, offsets: npt.NDArray[np.int64], bands: int) -> None:
+    """Fill what all three have in common."""
     record, packed = product.record, product.packed
     record[records.LANES] = product.target.lanes
-    record[records.PAD_TOP] = above
+    record[records.PAD_TOP] = product.step.top
     record[records.STEP_BYTES] = 4 * packed.rows * packed.columns
     parts = fill_product(product, offsets.astype(np.int32), -(-ITEMS // bands))
     record[records.ITEMS] = bands * parts

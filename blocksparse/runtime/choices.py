@@ -6,7 +6,7 @@ from blocksparse.format import BsrWeight, NMWeight, Node, Weight
 
 from .algorithms import Algorithm
 from .kernels import records
-from .steps import Step
+from .step import Step
 
 
 def choice_of(

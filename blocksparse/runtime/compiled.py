@@ -16,12 +16,14 @@ from .algorithms import Algorithms
 from .calls import CallMemory
 from .choices import choice_of
 from .explain import LayerChoice
+from .halves import halve
 from .helpers import Helpers
 from .kernels import loops, records
 from .kernels.target import describe, host
 from .locks import Lock
 from .plan import Plan, bind
-from .steps import Packs, Step, Steps, lower
+from .step import Step, Steps
+from .steps import Packs, lower
 from .trace import CLOCK, UNTIMED, Trace, blank_times, trace
 
 PLANS = 4
@@ -133,10 +135,10 @@ class CompiledEngine:
         """
         if not CLOCK:
             raise RuntimeError("steps cannot be timed here: the system has no POSIX clock")
-        self._plan(len(x), threads)
-        times = blank_times(self.steps, threads)
+        plan = self._plan(len(x), threads).plan
+        times = blank_times(len(plan.records), threads)
         output = self._run(x, threads, times)
-        return output, trace(self.steps, times)
+        return output, trace(self.steps.steps, plan.origins, times)
 
     def _run(
         self, x: npt.NDArray[np.float32], threads: int, times: list[npt.NDArray[np.int64]]
@@ -185,7 +187,7 @@ class CompiledEngine:
                 if ready is None:
                     if self._steps is None:
                         self._steps = self._measured(batch, threads)
-                    ready = _Ready(bind(self.model, self._steps, self.target, batch))
+                    ready = _Ready(self._bound(self._steps, batch))
                     with self._lock:
                         self._ready[batch] = ready
                         while len(self._ready) > PLANS:
@@ -202,17 +204,16 @@ class CompiledEngine:
             trials = []
             for number in range(max(map(len, layers.values()))):
                 steps = self._lowered(packs, number)
-                plan = bind(self.model, steps, self.target, batch)
-                trials.append((steps, CallMemory(plan)))
+                trials.append((steps, CallMemory(self._bound(steps, batch))))
             shape = (batch, *self.model.input_shape)
             x = np.random.default_rng(0).standard_normal(shape, np.float32)
             taken: list[list[dict[str, float]]] = [[] for _ in trials]
             end = time.monotonic() + SECONDS
             while len(taken[-1]) <= ROUNDS or time.monotonic() < end:
                 for (steps, memory), rounds in zip(trials, taken, strict=True):
-                    times = blank_times(steps, threads)
+                    times = blank_times(len(memory.plan.records), threads)
                     self._execute(memory, x, times)
-                    rounds.append(trace(steps, times).by_node())
+                    rounds.append(trace(steps.steps, memory.plan.origins, times).by_node())
             self.algorithms.settle(
                 {
                     name: {
@@ -223,6 +224,12 @@ class CompiledEngine:
                 }
             )
         return self._lowered(packs)
+
+    def _bound(self, steps: Steps, batch: int) -> Plan:
+        """Prepare steps for a batch size; a single image goes in halves."""
+        if batch == 1:
+            steps = halve(self.model, steps)
+        return bind(self.model, steps, self.target, batch)
 
     def _look_up(self, batch: int) -> _Ready | None:
         with self._lock:

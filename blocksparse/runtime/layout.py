@@ -158,6 +158,11 @@ def phases_name(node: Node) -> str:
     return f"{node.name}.phases"
 
 
+def is_phases(name: str, node: Node) -> bool:
+    """Whether a value is the phase planes of a convolution."""
+    return node.op == "conv2d" and is_strided(node) and name == phases_name(node)
+
+
 def phases(node: Node, kernel: tuple[int, int]) -> list[tuple[int, int]]:
     """Row and column phases that a strided convolution reads, in the order of its planes."""
     rows, columns = (

@@ -6,9 +6,8 @@ and kernel positions of prepared weights into offsets in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +21,11 @@ from .kernels.kernel import Kernel
 from .kernels.records import Layout
 from .kernels.target import Target
 from .memory import Lifetime, assign
-from .products import ITEMS, Product, fill_conv, fill_linear, lane_bits, pixel_mask
-from .steps import Step, Steps, kernel_size
+from .products import HALVES, ITEMS, Product, fill_conv, fill_linear, lane_bits, pixel_mask
+from .step import Step, Steps
+from .steps import kernel_size
 from .tables import Tables
-
-FAST_WINDOW = 5
-"""Largest height and width of a pool's window that gets a micro-kernel of its own, written out."""
+from .windows import FAST_WINDOW, window_sizes
 
 CHUNK_FLOATS = 32 * 1024
 """Floats of one work item of a step that only moves data."""
@@ -55,6 +53,8 @@ class Plan:
     ----------
     records : ndarray of int64, shape (steps, records.FIELDS)
         The program.
+    origins : ndarray of int64, shape (steps,)
+        Step of the whole network that each belongs to; see `halves`.
     integers : ndarray of int64, 1-D
         Row tiles, part boundaries, phase shifts.
     floats : int
@@ -68,6 +68,7 @@ class Plan:
     """
 
     records: Record
+    origins: npt.NDArray[np.int64]
     integers: npt.NDArray[np.int64]
     floats: int
     scratch: int
@@ -134,25 +135,37 @@ class _Binding:
             record[records.OP] = step.op
             record[records.OTHER] = -1
             record[records.COMPUTE] = loops.address(loops.ITEMS[step.op])
+            record[records.JOINED] = step.joined
             fill[step.op](record, step)
         integers = self.tables.joined()
         outputs = (self.batch, *self.model.output_shape)
         kept = self.tables.kept
-        return Plan(table, integers, self.floats, self.scratch, outputs, kept)
+        origins = np.array(self.steps.origins or range(len(table)), np.int64)
+        return Plan(table, origins, integers, self.floats, self.scratch, outputs, kept)
 
     def _memory(self) -> tuple[dict[str, int], int]:
+        """Give every value a place, those of a half beside each other: one thread writes there."""
         lives: dict[str, Lifetime] = {}
-        for i, step in enumerate(self.steps.steps):
+        moment = 0
+        for step in self.steps.steps:
             for name in (step.source, step.target, step.other):
                 if name is not None:
                     owner = self.steps.places[name].owner
-                    first = lives[owner].first if owner in lives else i
-                    lives[owner] = Lifetime(first, i)
-        sizes = {
-            name: layout.size(self.steps.shapes[name], self.steps.frames.get(name), self.batch)
-            for name in lives
-        }
-        return assign(sizes, lives)
+                    first = lives[owner].first if owner in lives else moment
+                    lives[owner] = Lifetime(first, moment)
+            moment += not step.joined
+        bases: dict[str, int] = {}
+        floats = 0
+        for half in (None, 0, 1):
+            sizes = {
+                name: layout.size(self.steps.shapes[name], self.steps.frames.get(name), self.batch)
+                for name in lives
+                if self.steps.halves.get(name) == half
+            }
+            places, total = assign(sizes, lives)
+            bases |= {name: floats + place for name, place in places.items()}
+            floats += layout.round_up(total, layout.ALIGN)
+        return bases, floats
 
     def _layout(self, name: str) -> Layout:
         place, shape = self.steps.places[name], self.steps.shapes[name]
@@ -171,15 +184,29 @@ class _Binding:
             owner.margin,
         )
 
+    def _read(self, step: Step) -> Layout:
+        """Lay out what a step reads: half a value with the rows it needs of the other half."""
+        where = self._layout(step.source)
+        return where if step.rows is None else step.rows.extended(where)
+
+    def _join(self, record: Record, step: Step, stride: int) -> None:
+        """Let a copy or pool read the lower half of its input, too."""
+        if step.joins is not None and step.other is not None:
+            _put(record, records.OTHER, step.joins.extended(self._layout(step.other)))
+            record[records.SPLIT] = step.joins.start
+            record[records.LOWER_TOP] = step.joins.top + step.joins.start * stride
+
     def _move(self, record: Record, step: Step) -> None:
         """Fill source and target, and cut the target into chunks of rows."""
-        _put(record, records.SOURCE, self._layout(step.source))
+        _put(record, records.SOURCE, self._read(step))
         target = self._layout(step.target)
         _put(record, records.TARGET, target)
         self._by_rows(record, target)
 
     def _adaptive_pool(self, record: Record, step: Step) -> None:
         self._move(record, step)
+        if step.other is not None:  # the lower half
+            _put(record, records.OTHER, self._layout(step.other))
         channels = self.steps.shapes[step.source][0]
         if step.details["flat"]:
             target = self._layout(step.target)
@@ -211,19 +238,20 @@ class _Binding:
 
     def _copy(self, record: Record, step: Step) -> None:
         shape = self.steps.shapes[step.source]
-        source, target = self._layout(step.source), self._layout(step.target)
+        source, target = self._read(step), self._layout(step.target)
         if step.details.get("flat"):  # pixels of a feature map become features of a vector
             channels, height, width = shape
             plane = height * width
             target = Layout(target.base, plane, target.image, width, channels, height, width, -1)
         if step.op == records.LOAD:
-            source = layout.contiguous(shape)
+            source = self._outside(step, shape)
         if step.op == records.STORE:
-            target = layout.contiguous(shape)
+            target = self._outside(step, shape)
         if len(shape) == 1:  # a vector is one row rather than many channels of one pixel
             source, target = _as_row(source), _as_row(target)
         _put(record, records.SOURCE, source)
         _put(record, records.TARGET, target)
+        self._join(record, step, step.details["scale"][1])
         record[records.SCALE : records.SCALE + 3] = step.details["scale"]
         record[records.SHIFT : records.SHIFT + 3] = step.details["shift"]
         planes = step.details.get("planes", [(0, 0)])
@@ -240,7 +268,19 @@ class _Binding:
         ):
             columns = [shift_x + phase for phase in (0, 1)]
             self._fast(record, Kernel("copy_phases"), source, target, columns, 2)
-        self._by_rows(record, target, len(planes) if record[records.FAST] else 1)
+        if step.joins is not None:
+            self._cut(record, target.height, HALVES, by_channels=False)
+        else:
+            self._by_rows(record, target, len(planes) if record[records.FAST] else 1)
+
+    def _outside(self, step: Step, shape: tuple[int, ...]) -> Layout:
+        """Lay out the caller's array, or the rows of it that are a half's."""
+        if step.rows is None:
+            return layout.contiguous(shape)
+        graph = self.model.graph
+        name = graph.inputs[0].name if step.op == records.LOAD else graph.outputs[0]
+        where = layout.contiguous(graph.shapes[name])
+        return where._replace(base=step.rows.start * where.row, height=step.rows.height)
 
     def _fast(
         self,
@@ -270,14 +310,15 @@ class _Binding:
     def _pool(self, record: Record, step: Step) -> None:
         self._move(record, step)
         attrs = step.node.attrs
+        self._join(record, step, attrs["stride"][0])
         record[records.KIND] = step.details["kind"]
         record[[records.KERNEL_H, records.KERNEL_W]] = attrs["kernel"]
         record[[records.STRIDE_H, records.STRIDE_W]] = attrs["stride"]
-        record[[records.PAD_H, records.PAD_W]] = attrs["padding"]
+        record[[records.PAD_H, records.PAD_W]] = step.top, attrs["padding"][1]
         record[[records.DILATION_H, records.DILATION_W]] = attrs.get("dilation", (1, 1))
         record[records.COUNT_PAD] = attrs.get("count_include_pad", False)
         (height, width), stride, pad = attrs["kernel"], attrs["stride"][1], attrs["padding"][1]
-        source, target = self._layout(step.source), self._layout(step.target)
+        source, target = self._read(step), self._layout(step.target)
         # rows of a window come together in scratch memory, padding included
         reach = (target.width - 1) * stride + (width - 1) * attrs.get("dilation", (1, 1))[1] + 1
         line = records.HEADER + 4 * max(reach, pad + source.width)
@@ -291,10 +332,12 @@ class _Binding:
         kind = "pool_max" if step.details["kind"] == records.MAX_POOL else "pool_avg"
         kernel = Kernel(kind, height, width, stride)
         self._fast(record, kernel, source, target, [j - pad for j in range(width)], stride)
+        shape = self.model.graph.shapes[step.node.inputs[0]]
+        floats = int(record[records.ROW_VECTORS]) * self.target.lanes
+        sizes = window_sizes(attrs, shape, step.node.shape, floats)
+        start = 0 if step.rows is None or step.joins is not None else step.rows.start
         record[records.DIVISORS] = self.tables.address(
-            window_sizes(
-                attrs, source, target, int(record[records.ROW_VECTORS]) * self.target.lanes
-            )
+            np.ascontiguousarray(sizes[start : start + target.height])
         )
 
     def _elementwise(self, record: Record, step: Step) -> None:
@@ -303,6 +346,10 @@ class _Binding:
         if step.other is not None:
             places[records.OTHER] = step.other
         layouts = {at: self._layout(name) for at, name in places.items()}
+        if "halo" in step.details and step.rows is not None:
+            if step.rows.height == 0:
+                return
+            layouts = step.rows.borders(*layouts.values())
         is_map = len(self.steps.shapes[step.target]) == 3
         if function == "affine":
             for at, part in ((records.SCALES, "scale"), (records.SHIFTS, "shift")):
@@ -329,7 +376,7 @@ class _Binding:
     def _product(self, record: Record, step: Step) -> None:
         assert step.packed is not None
         name = step.node.name
-        _put(record, records.SOURCE, self._layout(step.source))
+        _put(record, records.SOURCE, self._read(step))
         _put(record, records.TARGET, self._layout(step.target))
         if step.other is not None:
             _put(record, records.OTHER, self._layout(step.other))
@@ -341,38 +388,6 @@ class _Binding:
             record, step, step.packed, bias, kernel, self.batch, self.target, self.tables
         )
         self.scratch = max(self.scratch, FILL[step.op](product))
-
-
-def window_sizes(
-    attrs: Mapping[str, Any], source: Layout, target: Layout, row: int
-) -> npt.NDArray[np.float32]:
-    """Count the pixels that an average pool divides by.
-
-    Parameters
-    ----------
-    attrs : mapping
-        The pool's attributes.
-    source, target : Layout
-        Its input and output.
-    row : int
-        Floats of a row of the result, at least the output's width.
-
-    Returns
-    -------
-    ndarray of float32, shape (H, row)
-        Ones beyond the width.
-    """
-    counts = []
-    for axis, sizes in enumerate(((source.height, target.height), (source.width, target.width))):
-        kernel, stride, pad = (attrs[key][axis] for key in ("kernel", "stride", "padding"))
-        start = np.arange(sizes[1]) * stride - pad
-        if attrs.get("count_include_pad", False):
-            counts.append(np.minimum(start + kernel, sizes[0] + pad) - start)
-        else:
-            counts.append(np.minimum(start + kernel, sizes[0]) - np.maximum(start, 0))
-    result = np.ones((target.height, row), np.float32)
-    result[:, : target.width] = np.outer(*counts)
-    return result
 
 
 def _put(record: Record, at: int, where: Layout) -> None:

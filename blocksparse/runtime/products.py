@@ -10,8 +10,6 @@ from math import inf
 import numpy as np
 import numpy.typing as npt
 
-from blocksparse.format import Node
-
 from . import layout
 from .caches import KIB, second_level
 from .kernels import objects, records
@@ -19,7 +17,7 @@ from .kernels.kernel import Kernel
 from .kernels.records import Layout
 from .kernels.target import Target
 from .prepack import Packed, RowTile
-from .steps import Step
+from .step import Step
 from .tables import Tables
 
 PANEL_BYTES = min(256 * KIB, second_level() // 4)
@@ -133,7 +131,7 @@ def fill_conv(product: Product) -> int:
     source, output = product.source, product.output
     strided = layout.is_strided(step.node)
     planes = len(layout.phases(step.node, product.kernel)) if strided else 1
-    offsets = conv_offsets(step.node, packed, source, product.kernel)
+    offsets = conv_offsets(step, packed, source, product.kernel)
     # one channel's phase planes lie before the next channel
     record[records.SOURCE + 1] = source.channel * planes
     lanes = product.target.lanes
@@ -148,7 +146,7 @@ def fill_conv(product: Product) -> int:
     read = channels // step.node.attrs["groups"]
     panel = max(1, PANEL_BYTES // (4 * lanes * read * widest)) * widest
     panels = -(-vectors // panel)
-    if shares_pixels(packed, channels, 4 * vectors * lanes):
+    if step.rows is None and shares_pixels(packed, channels, 4 * vectors * lanes):
         panels = max(panels, min(HALVES, vectors))
     panel = -(-vectors // panels)
     panels = -(-vectors // panel)
@@ -193,13 +191,13 @@ def shares_pixels(packed: Packed, channels: int, plane_bytes: int) -> bool:
 
 
 def conv_offsets(
-    node: Node, packed: Packed, source: Layout, kernel: tuple[int, int]
+    step: Step, packed: Packed, source: Layout, kernel: tuple[int, int]
 ) -> npt.NDArray[np.int32]:
     """Place every kernel step's first input relative to the output pixel.
 
     Parameters
     ----------
-    node : Node
+    step : Step
         The convolution.
     packed : Packed
         Its weight: input channel and kernel position of every step.
@@ -213,10 +211,10 @@ def conv_offsets(
     ndarray of int32, shape (S,)
         Distances in floats.
     """
-    channel, y, x = layout.taps(node, kernel, packed.channels, packed.positions)
-    if not layout.is_strided(node):  # phase planes hold the padding
-        y, x = y - node.attrs["padding"][0], x - node.attrs["padding"][1]
-    return (channel * source.channel + y * source.row + x).astype(np.int32)
+    channel, y, x = layout.taps(step.node, kernel, packed.channels, packed.positions)
+    left = 0 if layout.is_strided(step.node) else step.node.attrs["padding"][1]  # planes hold it
+    distance = channel * source.channel + (y - step.top) * source.row + x - left
+    return distance.astype(np.int32)
 
 
 def pixel_mask(where: Layout, batch: int, lanes: int) -> npt.NDArray[np.uint8]:

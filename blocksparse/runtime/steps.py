@@ -8,7 +8,6 @@ written in place, unless a part already lies elsewhere; then that part is copied
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from blocksparse.format import DenseWeight, Model, Node, Weight, release
@@ -18,75 +17,7 @@ from .algorithms import Algorithm
 from .kernels import records
 from .kernels.target import Target
 from .prepack import Packed, pack
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One step of the network.
-
-    Parameters
-    ----------
-    op : int
-        A step kind of `kernels.records`.
-    node : Node
-        The node it belongs to.
-    source, target : str
-        Names of the values read and written.
-    other : str or None
-        Second operand, or the residual.
-    packed : Packed or None
-        Prepared weight of a product.
-    details : dict
-        What else the step needs, by kind.
-    """
-
-    op: int
-    node: Node
-    source: str
-    target: str
-    other: str | None = None
-    packed: Packed | None = None
-    details: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def owner(self) -> str:
-        """Node whose time this is when ways to compute a network are compared.
-
-        A pool that tiles of the convolution before it could take in counts to that one, so that
-        its time is the same work whichever way it went.
-        """
-        return str(self.details.get("pool_of", self.node.name))
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a value lives: channels of a memory block, named by the value that owns it."""
-
-    owner: str
-    channel: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Steps:
-    """A network as steps.
-
-    Parameters
-    ----------
-    steps : list of Step
-        In order.
-    shapes : dict
-        Shape (C, H, W) or (F,) of every value, phase planes included.
-    frames : dict
-        Frame of every feature map.
-    places : dict
-        Place of every value.
-    """
-
-    steps: list[Step]
-    shapes: dict[str, tuple[int, ...]]
-    frames: dict[str, layout.Frame]
-    places: dict[str, Place]
-
+from .step import Place, Step, Steps
 
 Packs = dict[tuple[str, Algorithm], Packed]
 """Weights prepared so far, by layer and way."""

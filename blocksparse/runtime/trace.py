@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .steps import Step, Steps
+from .step import Step
 
 CLOCK = hasattr(time, "CLOCK_MONOTONIC")
 """Whether compiled code can tell the time."""
@@ -42,20 +42,24 @@ class Trace:
         return result
 
 
-def blank_times(steps: Steps, threads: int) -> list[npt.NDArray[np.int64]]:
-    """Return what every thread notes its times in: `times` of the loops."""
-    return [np.zeros((len(steps.steps) + 1, 2), np.int64) for _ in range(threads)]
+def blank_times(records: int, threads: int) -> list[npt.NDArray[np.int64]]:
+    """Return what every thread notes its times in, for so many records: `times` of the loops."""
+    return [np.zeros((records + 1, 2), np.int64) for _ in range(threads)]
 
 
-def trace(steps: Steps, times: list[npt.NDArray[np.int64]]) -> Trace:
-    """Read what the threads noted, the calling thread first."""
-    own, seen = np.moveaxis(np.stack(times), 2, 0)  # each (threads, steps + 1)
+def trace(
+    steps: list[Step], origins: npt.NDArray[np.int64], times: list[npt.NDArray[np.int64]]
+) -> Trace:
+    """Read what the threads noted, the calling thread first; `origins` are the plan's."""
+    own, seen = np.moveaxis(np.stack(times), 2, 0)  # each (threads, records + 1)
     came = seen > 0
     # No single thread tells when steps ended: one that loses its core for a while finds several
     # done when it is back, and would give the first of them its absence and the others no time.
     ends = np.where(came, seen, np.iinfo(np.int64).max).min(axis=0)
     busy = np.minimum(own[:, 1:], ends[1:]) - seen[:, :-1]
-    return Trace(steps.steps, np.diff(ends), np.where(came[:, 1:], np.maximum(busy, 0), 0))
+    busy = np.where(came[:, 1:], np.maximum(busy, 0), 0)
+    of_step = origins == np.arange(len(steps))[:, None]
+    return Trace(steps, of_step @ np.diff(ends), busy @ of_step.T)
 
 
 UNTIMED = np.zeros((0, 2), np.int64)

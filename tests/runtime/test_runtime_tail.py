@@ -22,6 +22,7 @@ from test_runtime_pixel import BOUNDS, CHANNEL, finished, integers
 from blocksparse.runtime.algorithms import Algorithm
 from blocksparse.runtime.kernels import records
 from blocksparse.runtime.kernels.kernel import Kernel
+from blocksparse.runtime.plan import bind
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
@@ -115,4 +116,4 @@ def test_every_pixel_of_a_layer(lanes, image, kernel, outputs, layout, residual,
 def test_where_a_tail_pays(image, lanes, expected):
     model = convolution(image, (3, 3), 8, "dense", False)
     engine = forced(model, Algorithm.DIRECT, lanes)
-    assert tails(engine._plan(1, 1).plan) == [expected]
+    assert tails(bind(engine.model, engine.steps, engine.target, 1)) == [expected]

@@ -124,13 +124,13 @@ def test_the_time_of_a_layer_has_its_pool_in_it(tmp_path, monkeypatch, layout):
     conv, pool = b.model().graph.nodes
     milliseconds = {True: 5, False: 4}
 
-    def stub(steps, times):
+    def stub(steps, origins, times):
         taken = [
             2 if step.op == records.POOL else
             milliseconds[step.details["way"].transforms == "tiles"] if "way" in step.details else 0
-            for step in steps.steps
+            for step in steps
         ]  # fmt: skip
-        return Trace(steps.steps, 1_000_000 * np.array(taken), np.zeros((1, len(taken))))
+        return Trace(steps, 1_000_000 * np.array(taken), np.zeros((1, len(taken))))
 
     monkeypatch.setattr(compiled, "trace", stub)
     engine = compiled.CompiledEngine(b.model())

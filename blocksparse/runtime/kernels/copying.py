@@ -9,7 +9,7 @@ from __future__ import annotations
 from . import call_record as c
 from . import records as r
 from .intrinsics import call, floats_at, integers_at
-from .views import opened, span, view, zero_beside, zero_ends
+from .views import opened, side, span, view, zero_beside, zero_ends
 
 
 def copy_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
@@ -27,7 +27,6 @@ def copy_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) 
     for channel in range(start, stop):
         from_channel = channel // planes * step[r.SCALE] + step[r.SHIFT]
         at = step[r.PLANE_SHIFTS] + 2 * (channel % planes)
-        shift_y = step[r.SHIFT + 1] + tables[at]
         shift_x = step[r.SHIFT + 2] + tables[at + 1]
         scale_y, scale_x = step[r.SCALE + 1], step[r.SCALE + 2]
         inside = 0 <= from_channel < a.channels
@@ -38,7 +37,8 @@ def copy_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) 
             n, y = line // b.height, line % b.height
             zero_beside(target, b, channel, n, y, batch)
             row = b.base + channel * b.channel + n * b.image + y * b.row
-            from_y = y * scale_y + shift_y
+            a, top, _ = side(step, y, b.height, -step[r.SHIFT + 1])
+            from_y = y * scale_y - top + tables[at]
             if not inside or from_y < 0 or from_y >= a.height:
                 target[row : row + b.width] = 0
                 continue
@@ -63,13 +63,15 @@ def phases_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int
     """Split one chunk of rows, or of channels, into phase planes, for column stride 2."""
     memory, memory_at, step, tables, batch = opened(call_at, step_at)
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
+    channels = a.channels
     planes, scale = step[r.PLANES], step[r.SCALE + 1]
     # an item of channels has all planes of its input channels
-    start, stop, first, last = span(step, item, a.channels, batch * b.height)
+    start, stop, first, last = span(step, item, channels, batch * b.height)
     line = first
     while line < last:
         n, y = line // b.height, line % b.height
-        rows = min(b.height - y, last - line)
+        a, top, height = side(step, y, b.height, -step[r.SHIFT + 1])
+        rows = min(height - y, last - line)
         source = a.base + start * a.channel + n * a.image + step[r.SHIFT + 2]
         plane = 0
         while plane < planes:
@@ -81,7 +83,7 @@ def phases_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int
                 step[r.FAST],
                 (
                     memory_at + 4 * source, 4 * a.row, 4 * a.channel,
-                    y * scale + step[r.SHIFT + 1] + tables[at], a.height, scale,
+                    y * scale - top + tables[at], a.height, scale,
                     even, even + 4 * b.channel if pair else 0, 4 * b.row, 4 * b.channel * planes,
                     step[r.COLUMN_MASKS], step[r.WITHIN], stop - start, rows, step[r.ROW_VECTORS],
                 ),

@@ -13,24 +13,25 @@ import numpy as np
 from . import records as r
 from .intrinsics import call, floats_at
 from .loop import loop
-from .views import opened, span, view, zero_beside, zero_ends
+from .views import opened, side, span, view, zero_beside, zero_ends
 
 
 def fast_pool_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
     """Pool one chunk of output rows, or of channels, with the micro-kernel."""
     memory, memory_at, step, _, batch = opened(call_at, step_at)
-    a, b = view(step, r.SOURCE), view(step, r.TARGET)
+    b = view(step, r.TARGET)
     start, stop, first, last = span(step, item, b.channels, batch * b.height)
     line = first
     while line < last:
         n, y = line // b.height, line % b.height
-        rows = min(b.height - y, last - line)
+        a, top, end = side(step, y, b.height, step[r.PAD_H])
+        rows = min(end - y, last - line)
         call(
             step[r.FAST],
             (
                 memory_at + 4 * (a.base + start * a.channel + n * a.image - step[r.PAD_W]),
                 4 * a.row, 4 * a.channel,
-                y * step[r.STRIDE_H] - step[r.PAD_H], a.height, step[r.STRIDE_H],
+                y * step[r.STRIDE_H] - top, a.height, step[r.STRIDE_H],
                 memory_at + 4 * (b.base + start * b.channel + n * b.image + y * b.row), 4 * b.row,
                 4 * b.channel,
                 step[r.COLUMN_MASKS], step[r.WITHIN],
@@ -58,9 +59,10 @@ def pool_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) 
         for index in range(first, last):
             n, y = index // b.height, index % b.height
             zero_beside(memory, b, channel, n, y, batch)
+            a, above, _ = side(step, y, b.height, step[r.PAD_H])
             source = a.base + channel * a.channel + n * a.image
             target = b.base + channel * b.channel + n * b.image
-            top = y * step[r.STRIDE_H] - step[r.PAD_H]
+            top = y * step[r.STRIDE_H] - above
             pixels[:] = empty
             for i in range(kernel_h):
                 from_y = top + i * step[r.DILATION_H]
@@ -111,25 +113,29 @@ def _max_columns(line: Any, out: Any, kernel: int, stride: int, dilation: int) -
 def adaptive_pool_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
     """Average one chunk of channels over an adaptive grid.
 
-    Window i of h spans rows floor(i * H / h) to ceil((i + 1) * H / h), as in PyTorch.
+    Window i of h spans rows floor(i * H / h) to ceil((i + 1) * H / h), as in PyTorch. Of one image
+    in halves the second operand is the lower one.
     """
     memory, _, step, _, batch = opened(call_at, step_at)
-    a, b = view(step, r.SOURCE), view(step, r.TARGET)
+    a, b, lower = view(step, r.SOURCE), view(step, r.TARGET), view(step, r.OTHER)
+    height = a.height + (lower.height if lower.base >= 0 else 0)
     start, stop, first, last = span(step, item, b.channels, batch * b.height)
     for channel in range(start, stop):
         for index in range(first, last):
             n, y = index // b.height, index % b.height
             zero_beside(memory, b, channel, n, y, batch)
             source = a.base + channel * a.channel + n * a.image
+            beyond = lower.base + channel * lower.channel - a.height * lower.row
             target = b.base + channel * b.channel + n * b.image
-            top, bottom = y * a.height // b.height, -(-(y + 1) * a.height // b.height)
+            top, bottom = y * height // b.height, -(-(y + 1) * height // b.height)
             for x in range(b.width):
                 left, right = x * a.width // b.width, -(-(x + 1) * a.width // b.width)
                 total = 0.0  # double: a sum over a whole plane
                 for i in range(top, bottom):
                     # of its own, so that the processor works on several rows at once
                     along = 0.0
+                    at = source + i * a.row if i < a.height else beyond + i * lower.row
                     for j in range(left, right):
-                        along += memory[source + i * a.row + j]
+                        along += memory[at + j]
                     total += along
                 memory[target + y * b.row + x] = total / ((bottom - top) * (right - left))

@@ -23,7 +23,8 @@ BY_CHANNELS = 31  # whether it is channels
 SOURCE, TARGET = 33, 41  # each a `Layout`, 8 columns
 OTHER = 49  # `Layout` of the residual or second operand; base -1: none
 COMPUTE = 57  # address of the function that computes an item, see `loops`
-FIELDS = 59
+JOINED = 59  # whether the next step runs at the same time
+FIELDS = 60
 
 
 class Layout(NamedTuple):
@@ -64,6 +65,10 @@ def layout_at(record: npt.NDArray[np.int64], at: int) -> Layout:
 # Copies: input coordinate = output coordinate * scale + shift; PLANES > 1 for phase planes
 SCALE, SHIFT = 3, 6  # channel, row, column each
 PLANES, PLANE_SHIFTS = 9, 10  # PLANE_SHIFTS: place of (row, column) shifts in the tables
+
+# Copies and pools whose input is in halves, OTHER the lower one; 0: it is not
+SPLIT = 22  # first row of outputs that reads the lower half
+LOWER_TOP = 23  # row 0 of the outputs would begin so many rows above that half
 
 # Convolutions and linear layers
 KERNELS = 3  # addresses, by width 1, 2, 3 (CONV), 1, 2, 4, 8 (DOUBLING), 1, 2, 4 (LINEAR)

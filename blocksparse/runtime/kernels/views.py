@@ -52,6 +52,27 @@ def span(step: Any, item: int, channels: int, lines: int) -> tuple[int, int, int
 
 
 @loop
+def side(step: Any, y: int, height: int, top: int) -> tuple[r.Layout, int, int]:
+    """Find what an output row of a copy or pool reads, where the input may be in halves.
+
+    Returns
+    -------
+    source : Layout
+        The input, or that half.
+    top : int
+        Row 0 of the outputs would begin so many rows above it.
+    end : int
+        Output row behind the last that reads the same.
+    """
+    split = step[r.SPLIT]
+    if y < split:
+        return view(step, r.SOURCE), top, split
+    if split > 0:
+        return view(step, r.OTHER), step[r.LOWER_TOP], height
+    return view(step, r.SOURCE), top, height
+
+
+@loop
 def run_of(where: r.Layout, batch: int) -> int:
     """Pixels of a channel, as `Layout.run`."""
     return (batch - 1) * where.image + (where.height - 1) * where.row + where.width
