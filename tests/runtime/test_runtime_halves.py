@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from bare import engine_of, run_over, shuffled
@@ -25,7 +27,7 @@ def _small_values_are_cut(monkeypatch):
 
 def in_one_piece(engine):
     """The same engine, which does not cut images in halves."""
-    engine._bound = lambda steps, batch: bind(engine.model, steps, engine.target, batch)
+    engine._bound = lambda steps, batch, threads: bind(engine.model, steps, engine.target, batch)
     return engine
 
 
@@ -130,7 +132,7 @@ def adds_otherwise(plan):
 
 @pytest.mark.parametrize("lanes", [4, 16])
 @settings(deadline=None)
-@given(networks(), st.integers(1, 3))
+@given(networks(), st.integers(2, 4))
 def test_halves_compute_what_the_whole_does(lanes, network, threads):
     """Over memory full of NaN; to the last bit where all adds up in the same order."""
     model, seed = network
@@ -156,17 +158,36 @@ def stages():
 
 
 @pytest.mark.parametrize("least", [2, 12])
-@pytest.mark.parametrize("threads", [1, 2, 3, 9])
+@pytest.mark.parametrize("threads", [2, 3, 9])
 def test_any_number_of_threads_and_any_order_of_items(monkeypatch, least, threads):
     monkeypatch.setattr(halves, "LEAST_ROWS", least)
     engine, x = engine_of(stages()), randoms(1, 3, 17, 9)
     expected = in_one_piece(engine_of(stages())).run(x, 1)
     np.testing.assert_allclose(engine.run(x, threads), expected, rtol=1e-5, atol=1e-5)
-    again = engine.run(x, 1)
+    again = engine.run(x, 2)
     engine._helpers = Helpers()  # who never come
     np.testing.assert_array_equal(engine.run(x, threads), again)
-    if threads > 1:
-        shuffled((engine._helpers.calls[0][0], *engine._helpers.calls[0][1:]), again)
+    shuffled((engine._helpers.calls[0][0], *engine._helpers.calls[0][1:]), again)
+
+
+def test_nobody_waits_for_a_helper_that_never_comes():
+    """A wait for the other half is some hundred microseconds, a step of this network a few."""
+    b = Builder((8, 12, 12))
+    x = "x"
+    for _ in range(12):
+        x = b.conv(x, 8)
+    engine, images = engine_of(b.model()), randoms(1, 8, 12, 12)
+    helpers, alone, deserted = engine._helpers, [], []
+    for _ in range(30):
+        engine._helpers = helpers
+        start = time.perf_counter()
+        engine.run(images, 1)
+        engine._helpers = Helpers()
+        middle = time.perf_counter()
+        engine.run(images, 2)
+        alone.append(middle - start)
+        deserted.append(time.perf_counter() - middle)
+    assert np.median(deserted) < 4 * np.median(alone)
 
 
 # what is cut
@@ -214,7 +235,7 @@ def test_only_the_copies_at_the_border_read_the_other_half():
 
 def test_the_halves_share_no_memory():
     engine = engine_of(stages())
-    plan = engine._plan(1, 1).plan
+    plan = engine._plan(1, 2).plan
     places = {0: set(), 1: set()}
     steps = cut(engine).steps
     for record, step in zip(plan.records, steps, strict=True):
@@ -230,7 +251,7 @@ def test_the_halves_share_no_memory():
 
 def test_steps_of_the_two_halves_are_joined():
     engine = engine_of(stages())
-    plan = engine._plan(1, 1).plan
+    plan = engine._plan(1, 2).plan
     joined = plan.records[:, records.JOINED]
     assert plan.origins[np.flatnonzero(joined)].tolist() == (
         plan.origins[np.flatnonzero(joined) + 1].tolist()
@@ -238,9 +259,12 @@ def test_steps_of_the_two_halves_are_joined():
     assert set(plan.origins.tolist()) == set(range(len(engine.steps.steps)))
 
 
-def test_several_images_are_not_cut():
+@pytest.mark.parametrize(("batch", "threads", "cut"), [(1, 2, True), (2, 2, False), (1, 1, False)])
+def test_one_image_for_several_threads_is_cut(batch, threads, cut):
     engine = engine_of(stages())
-    assert not engine._plan(2, 1).plan.records[:, records.JOINED].any()
+    assert engine._plan(batch, threads).plan.records[:, records.JOINED].any() == cut
+    engine.run(randoms(batch, 3, 17, 9), threads)
+    assert list(engine._ready) == [(batch, cut)]
 
 
 @pytest.mark.parametrize("count_include_pad", [False, True])
@@ -260,6 +284,6 @@ def test_tiles_of_a_half_are_those_of_its_rows():
     engine = engine_of(b.model(), 16)
     way = next(way for way in Algorithm if way.transforms == "tiles" and not way.dense)
     engine._steps = lower(b.model(), engine.target, {"conv2d0": way})
-    plan = engine._plan(1, 1).plan
+    plan = engine._plan(1, 2).plan
     tiles = plan.records[plan.records[:, records.OP] == records.TILES_CONV]
     assert tiles[:, records.TILE_ROWS_ALL].tolist() == [4, 4]  # rows of 16 tiles, 4 pixels high

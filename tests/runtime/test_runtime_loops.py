@@ -49,7 +49,7 @@ def test_an_error_in_an_item_is_told(threads):
     engine = engine_of(b.model())
     x = randoms(1, 8, 6, 6)
     engine.run(x, threads)
-    record = engine._ready[1].plan.records[1]
+    record = engine._plan(1, threads).plan.records[1]
     record[records.COMPUTE] = objects.compile_text("fail", FAIL, host())
     for _ in range(20):  # whichever thread takes the item
         with pytest.raises(RuntimeError, match="stopped at an error"):

@@ -211,7 +211,7 @@ def test_a_read_only_input(model):
 def test_warmup_and_close(model):
     network = load(model)
     network.warmup(batch=2)
-    assert list(network.engine._ready) == [2]
+    assert list(network.engine._ready) == [(2, False)]
     network.close()
     assert not network.engine._ready
     assert network(randoms(1, 16, 24, 24)).shape == (1, 10)  # a closed network opens itself again

@@ -55,13 +55,13 @@ def engine(network):
 
 def counters(engine, batch):
     """Counters after a run, one row per step: a line of its own for every count."""
-    (memory,) = engine._ready[batch].free
+    (memory,) = engine._ready[batch, False].free
     return memory.counters[c.GATE :].reshape(-1, 1 + c.QUEUES, c.LINE)
 
 
 def assert_every_item_once(engine, batch, queues):
     """Items that finished, and items taken from each queue, at least those it holds."""
-    items = engine._ready[batch].plan.records[:, records.ITEMS]
+    items = engine._ready[batch, False].plan.records[:, records.ITEMS]
     counts = counters(engine, batch)
     assert not counts[:, :, 1:].any(), "nothing but counters in their lines"
     counts = counts[:, :, 0]
@@ -102,7 +102,7 @@ def test_helpers_of_a_call_that_is_over_leave_the_next_one_alone(network, engine
     np.testing.assert_array_equal(engine.run(others, 3), expected)
     np.testing.assert_array_equal(returned, answer, "what was returned before stays")
     assert_every_item_once(engine, len(images), 3)
-    (memory,) = engine._ready[len(images)].free
+    (memory,) = engine._ready[len(images), False].free
     assert memory.counters[0] & (c.SHUT - 1) == 0, "nobody entered"
 
 

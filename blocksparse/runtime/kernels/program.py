@@ -5,7 +5,7 @@ waits for the items that others are still computing. Nobody waits for a thread t
 that the operating system starts late, or never, only leaves more items to the others. Helpers enter
 through a gate, which the calling thread shuts when all is done, and who comes after that leaves
 again; so a call does not wait for the operating system at its end either. An item always computes
-the same outputs in the same order, so results do not depend on the number of threads.
+the same outputs in the same order, whoever takes it.
 
 The items of a step are cut into one queue a thread, in order, but at most `call_record.QUEUES`,
 which more threads share; a thread empties its own queue first and then helps with the next. Items
@@ -15,8 +15,8 @@ took 7.6 ms in place of 8.4 with one queue for all.
 
 Two steps that are *joined*, the halves of one image (see `halves`), run as one: the items of the
 second are counted behind those of the first, and half of the queues are its own. Each half has
-memory in which one thread should write. So whoever has done a half helps with the other only where
-much of it is left, and with the rest only after long waiting.
+memory in which one thread should write. So when all helpers are there, whoever has done a half
+helps with the other only where much of it is left, and with the rest only after long waiting.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def run(record_at: int, thread: int, number: int) -> None:
     queues = min(threads, c.QUEUES)
     if timed:
         times[0] = times[1] = now()
+    complete = False  # whether all helpers are here
     s = 0
     while s < call[c.STEPS]:
         step_at = call[c.STEPS_AT] + 8 * r.FIELDS * s
@@ -90,13 +91,15 @@ def run(record_at: int, thread: int, number: int) -> None:
         if joined:
             all_items += integers_at(step_at + 8 * r.FIELDS, r.FIELDS)[r.ITEMS]
         finished = counters_at + 8 * c.COUNTER_STRIDE * s
+        complete = complete or (load_acquire(gate) & (c.SHUT - 1)) == threads - 1
+        shy = joined and complete
         for turn in range(queues):
             queue = (thread + turn) % queues
-            _take(record_at, step_at, finished, queue, queues, joined and turn > 0, scratch_at, s)
+            _take(record_at, step_at, finished, queue, queues, shy and turn > 0, scratch_at, s)
         if timed:
             for row in range(s, s + 1 + joined):
                 times[2 * row + 2] = now()
-        if joined and not _reaches(finished, all_items):
+        if shy and not _reaches(finished, all_items):
             for queue in range(queues):
                 _take(record_at, step_at, finished, queue, queues, False, scratch_at, s)
         wait(finished, all_items)
