@@ -8,6 +8,10 @@ Every step becomes two that run at the same time, each an ordinary step on a sma
 window reads beyond its half, a few rows that the other thread has computed, is copied before, into
 the place where padding would be. A value that has too few rows, or that a step wants in one piece,
 stays whole, and so does all that it must agree with.
+
+Two threads on cores that lie far apart (see docs/kernels.md) took 13.7 ms in place of 16.2 for
+ResNet-50 at 90 % sparsity, 19.2 in place of 22.5 at 75 %, and 5.6 in place of 6.3 for ResNet-18 at
+90 %; near each other 1 to 3 % more than in one piece.
 """
 
 # H rows of a value, S rows of its upper half
@@ -25,7 +29,9 @@ from .step import Place, Rows, Step, Steps
 from .windows import FAST_WINDOW, window_of
 
 LEAST_ROWS = 20
-"""A value of fewer rows stays whole: its halves would differ by half of their work or more."""
+"""A value of fewer rows stays whole. Halves of 7 rows leave lanes empty: on cores that lie near
+each other ResNet-50 at 75 % took 1.03 times as long with them as without.
+"""
 
 _NAMES = ("upper", "lower")
 

@@ -19,8 +19,9 @@ class Lifetime:
 
 
 def assign(
-    sizes: Mapping[str, int], lifetimes: Mapping[str, Lifetime]
-) -> tuple[dict[str, int], int]:
+    sizes: Mapping[str, int], lifetimes: Mapping[str, Lifetime], start: int = 0,
+    placed: Mapping[str, tuple[int, int]] | None = None,
+) -> tuple[dict[str, int], int]:  # fmt: skip
     """Give every value a place so that no two that exist together overlap.
 
     Largest values first, each into the lowest gap that is free for its whole life: the
@@ -32,27 +33,30 @@ def assign(
     sizes : mapping of str to int
         Floats per value.
     lifetimes : mapping of str to Lifetime
-        Same keys.
+        Same keys, and those of `placed`.
+    start : int
+        Lowest place.
+    placed : mapping of str to tuple of int, optional
+        Where values that have a place already begin and end.
 
     Returns
     -------
     places : dict of str to int
         First float of every value.
     total : int
-        Floats needed for all.
+        Where the last of them ends, at least `start`.
     """
     places: dict[str, int] = {}
+    ranges = dict(placed or {})
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         taken = sorted(
-            (places[other], places[other] + sizes[other])
-            for other in places
-            if lifetimes[name].overlaps(lifetimes[other])
+            place for other, place in ranges.items() if lifetimes[name].overlaps(lifetimes[other])
         )
-        at = 0
+        at = start
         for start, end in taken:
             if at + sizes[name] <= start:
                 break
             at = max(at, end)
         places[name] = at
-    total = max((places[name] + sizes[name] for name in places), default=0)
-    return places, total
+        ranges[name] = at, at + sizes[name]
+    return places, max((ranges[name][1] for name in places), default=start)

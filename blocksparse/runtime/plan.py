@@ -21,7 +21,7 @@ from .kernels.kernel import Kernel
 from .kernels.records import Layout
 from .kernels.target import Target
 from .memory import Lifetime, assign
-from .products import HALVES, ITEMS, Product, fill_conv, fill_linear, lane_bits, pixel_mask
+from .products import ITEMS, Product, fill_conv, fill_linear, lane_bits, pixel_mask
 from .step import Step, Steps
 from .steps import kernel_size
 from .tables import Tables
@@ -155,16 +155,20 @@ class _Binding:
                     lives[owner] = Lifetime(first, moment)
             moment += not step.joined
         bases: dict[str, int] = {}
+        ranges: dict[str, tuple[int, int]] = {}
         floats = 0
-        for half in (None, 0, 1):
+        for half in (0, 1, None):
             sizes = {
                 name: layout.size(self.steps.shapes[name], self.steps.frames.get(name), self.batch)
                 for name in lives
                 if self.steps.halves.get(name) == half
             }
-            places, total = assign(sizes, lives)
-            bases |= {name: floats + place for name, place in places.items()}
-            floats += layout.round_up(total, layout.ALIGN)
+            # what is whole lies where halves have just been: other places are in no near cache
+            start = floats if half is not None else 0
+            places, end = assign(sizes, lives, start, ranges)
+            bases |= places
+            ranges |= {name: (place, place + sizes[name]) for name, place in places.items()}
+            floats = max(floats, layout.round_up(end, layout.ALIGN))
         return bases, floats
 
     def _layout(self, name: str) -> Layout:
@@ -268,10 +272,7 @@ class _Binding:
         ):
             columns = [shift_x + phase for phase in (0, 1)]
             self._fast(record, Kernel("copy_phases"), source, target, columns, 2)
-        if step.joins is not None:
-            self._cut(record, target.height, HALVES, by_channels=False)
-        else:
-            self._by_rows(record, target, len(planes) if record[records.FAST] else 1)
+        self._by_rows(record, target, len(planes) if record[records.FAST] else 1)
 
     def _outside(self, step: Step, shape: tuple[int, ...]) -> Layout:
         """Lay out the caller's array, or the rows of it that are a half's."""

@@ -54,6 +54,16 @@ def test_panels_are_as_wide_as_the_channels_of_one_group_allow():
     assert panels[0] > panels[1] == 1
 
 
+def test_memory_beside_what_is_placed():
+    """Values go where those placed before are gone, and not below the start."""
+    lives = {"early": Lifetime(0, 1), "late": Lifetime(2, 3), "both": Lifetime(1, 2)}
+    placed = {"early": (0, 10)}
+    assert assign({"late": 10}, lives, 0, placed) == ({"late": 0}, 10)
+    assert assign({"both": 10}, lives, 0, placed) == ({"both": 10}, 20)
+    assert assign({"late": 10}, lives, 30, placed) == ({"late": 30}, 40)
+    assert assign({}, lives, 7) == ({}, 7)
+
+
 def test_memory_is_reused():
     lives = {str(i): Lifetime(i, i + 1) for i in range(10)}
     assert assign(dict.fromkeys(lives, 100), lives)[1] == 200

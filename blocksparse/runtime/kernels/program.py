@@ -42,9 +42,10 @@ LINGER = 500
 LONG = 10_000
 """Turns of a waiting loop for which the rest of the other half of a step is left to its thread."""
 
-REST = 8
+REST = 2
 """One part in so many of a half is such a rest: to help takes lines of cache away from whose memory
-it is, now and in the steps behind."""
+it is, now and in the steps behind. On cores that lie far apart ResNet-50 at 75 % took 0.79 of the
+time that it takes in one piece, and 0.85 where an eighth was left."""
 
 PATIENCE = 2000
 """Rounds of the waiting loop, tens of microseconds, before the core is offered to others."""
