@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from blocksparse.training.compilation import CompiledNetwork
+from blocksparse.training.cutmix import cutmix
 from blocksparse.training.data.order import stream_seed
 from blocksparse.training.distillation import Distillation
 from blocksparse.training.features import feature_error, recorded_features
@@ -116,20 +117,24 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch of images and labels."""
-        images, labels = self._arrange(batch[0]), batch[1]
+        images, labels = batch
+        following = self.distillation
+        mixed = following is not None and 0 < following.cutmix > float(torch.rand(()))
+        images = self._arrange(cutmix(images) if mixed else images)
         with self._recorded(self.model) as features:
             logits, auxiliary = _unpack(self._step_through(self.model, images))
         loss = self._cross_entropy(logits, labels)
-        if self._teacher and self.distillation is not None:
+        if self._teacher and following is not None:
             teacher = self._teacher[0]
             with torch.no_grad(), self._recorded(teacher) as wanted_features:
                 wanted = self._step_through(teacher, images)
-            loss = self.distillation.mix(loss, logits, wanted)
-            if self.distillation.features:
+            divergence = following.divergence(logits, wanted)
+            loss = divergence if mixed else following.mix(loss, divergence)
+            if following.features:
                 error = feature_error(features, wanted_features)
                 self.log("train/feature_error", error)
-                loss = loss + self.distillation.features * error
-        for weight, extra in auxiliary:
+                loss = loss + following.features * error
+        for weight, extra in auxiliary if not mixed else []:  # the teacher has none to follow
             loss = loss + weight * self._cross_entropy(extra, labels)
         self.log("train/loss", loss, prog_bar=True)
         self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]

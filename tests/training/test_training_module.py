@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -23,6 +24,7 @@ from blocksparse.training import (
     ResNetCifar,
     WeightsError,
 )
+from blocksparse.training.cutmix import cutmix
 from blocksparse.training.module import fingerprint
 
 
@@ -59,6 +61,8 @@ def test_distillation_refuses():
         Distillation(temperature=0)
     with pytest.raises(ValueError, match=r"distillation\.weight is 1\.5"):
         Distillation(weight=1.5)
+    with pytest.raises(ValueError, match=r"distillation\.cutmix is -0\.5; it is a share"):
+        Distillation(cutmix=-0.5)
     with pytest.raises(ValueError, match="there is no teacher"):
         Classifier(network(), distillation=Distillation())
     with pytest.raises(ValueError, match=r"label_smoothing is 1\.0"):
@@ -97,6 +101,48 @@ def test_loss_mixes_smoothed_labels_and_teacher():
     p, q = softmax(wanted / 3), softmax(logits / 3)
     soft = 9 * (p * np.log(p / q)).sum() / 8
     assert loss == pytest.approx(0.75 * hard + 0.25 * soft, rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_of_mixed_images_only_the_teacher_counts(share):
+    """With labels that are all wrong the loss is another, unless images are mixed."""
+    found = []
+    for shift in (0, 1):
+        torch.manual_seed(3)
+        distillation = Distillation(weight=0.25, cutmix=share)
+        module = Classifier(network(0), distillation=distillation, teacher=network(1))
+        module._trainer = None
+        module.log = lambda *args, **kwargs: None
+        module.optimizers = lambda: SimpleNamespace(param_groups=[{"lr": 0.1}])
+        images = torch.randn(4, 1, 8, 8)
+        loss = module.training_step((images, (torch.arange(4) + shift) % 10), 0)
+        found.append(float(loss.detach()))
+    assert (found[0] == found[1]) is (share == 1.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cutmix_pastes_one_rectangle_of_the_image_opposite(seed):
+    torch.manual_seed(seed)
+    images = torch.arange(3 * 2 * 16 * 20, dtype=torch.float32).reshape(3, 2, 16, 20)
+    before = images.clone()
+    mixed = cutmix(images)
+    torch.testing.assert_close(images, before)
+    pasted = (mixed != images)[0, 0]
+    rows, columns = pasted.any(dim=1), pasted.any(dim=0)
+    assert torch.equal(pasted, rows[:, None] & columns)
+    for used in (rows, columns):  # one piece
+        assert int((used[1:] != used[:-1]).sum()) <= 2
+    assert torch.equal(mixed[0, :, pasted], images[2, :, pasted])
+    assert torch.equal(mixed[1], images[1]), "the one in the middle is its own opposite"
+
+
+def test_cutmix_replaces_next_to_nothing_up_to_nearly_all():
+    torch.manual_seed(0)
+    images = torch.stack([torch.zeros(1, 16, 16), torch.ones(1, 16, 16)])
+    shares = [float(cutmix(images)[0].mean()) for _ in range(300)]
+    assert min(shares) < 0.02
+    assert max(shares) > 0.8
+    assert 0.2 < np.mean(shares) < 0.5  # of even 0 to 1, less what lies outside
 
 
 def test_teacher_is_used_but_not_kept(tmp_path):
