@@ -9,9 +9,8 @@ window reads beyond its half, a few rows that the other thread has computed, is 
 the place where padding would be. A value that has too few rows, or that a step wants in one piece,
 stays whole, and so does all that it must agree with.
 
-Two threads on cores that lie far apart (see docs/kernels.md) took 13.7 ms in place of 16.2 for
-ResNet-50 at 90 % sparsity, 19.2 in place of 22.5 at 75 %, and 5.6 in place of 6.3 for ResNet-18 at
-90 %; near each other 1 to 3 % more than in one piece.
+Two threads on cores that lie far apart (see docs/kernels.md) took 13.4 ms in place of 16.1 for
+ResNet-50 at 90 % sparsity, 18.7 in place of 20.2 at 75 %; near each other within 2 % of as long.
 """
 
 # H rows of a value, S rows of its upper half
