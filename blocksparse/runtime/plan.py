@@ -20,7 +20,7 @@ from .kernels import call_record, loops, objects, records
 from .kernels.kernel import Kernel
 from .kernels.records import Layout
 from .kernels.target import Target
-from .memory import Lifetime, assign
+from .memory import place_values
 from .products import ITEMS, Product, fill_conv, fill_linear, lane_bits, pixel_mask
 from .step import Step, Steps
 from .steps import kernel_size
@@ -108,7 +108,7 @@ class _Binding:
         self.model, self.steps, self.target, self.batch = model, steps, target, batch
         self.tables = Tables()
         self.scratch = 64
-        self.bases, floats = self._memory()
+        self.bases, floats = place_values(steps, batch)
         # The last vector and kernel positions reach beyond the last pixel of the last channel; at
         # column stride 2 a row of outputs, padding included, reaches twice its length.
         widest = max((frame.image for frame in steps.frames.values()), default=0)
@@ -142,34 +142,6 @@ class _Binding:
         kept = self.tables.kept
         origins = np.array(self.steps.origins or range(len(table)), np.int64)
         return Plan(table, origins, integers, self.floats, self.scratch, outputs, kept)
-
-    def _memory(self) -> tuple[dict[str, int], int]:
-        """Give every value a place, those of a half beside each other: one thread writes there."""
-        lives: dict[str, Lifetime] = {}
-        moment = 0
-        for step in self.steps.steps:
-            for name in (step.source, step.target, step.other):
-                if name is not None:
-                    owner = self.steps.places[name].owner
-                    first = lives[owner].first if owner in lives else moment
-                    lives[owner] = Lifetime(first, moment)
-            moment += not step.joined
-        bases: dict[str, int] = {}
-        ranges: dict[str, tuple[int, int]] = {}
-        floats = 0
-        for half in (0, 1, None):
-            sizes = {
-                name: layout.size(self.steps.shapes[name], self.steps.frames.get(name), self.batch)
-                for name in lives
-                if self.steps.halves.get(name) == half
-            }
-            # what is whole lies where halves have just been: other places are in no near cache
-            start = floats if half is not None else 0
-            places, end = assign(sizes, lives, start, ranges)
-            bases |= places
-            ranges |= {name: (place, place + sizes[name]) for name, place in places.items()}
-            floats = max(floats, layout.round_up(end, layout.ALIGN))
-        return bases, floats
 
     def _layout(self, name: str) -> Layout:
         place, shape = self.steps.places[name], self.steps.shapes[name]

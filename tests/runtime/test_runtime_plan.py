@@ -15,7 +15,6 @@ from blocksparse.runtime import layout
 from blocksparse.runtime.compiled import CompiledEngine
 from blocksparse.runtime.kernels import records
 from blocksparse.runtime.kernels.target import Target
-from blocksparse.runtime.memory import Lifetime, assign
 from blocksparse.runtime.plan import bind
 from blocksparse.runtime.prepack import pack
 from blocksparse.runtime.products import balanced, pixel_mask, same_steps
@@ -25,20 +24,6 @@ TARGETS = [
     Target("x86_64-unknown-linux-gnu", "generic", "", lanes, rows, 3, rows)
     for lanes, rows in ((16, 8), (8, 4), (4, 8))
 ]
-
-
-@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 20), st.integers(0, 20)), max_size=30))
-def test_memory_of_values_that_exist_together_is_apart(values):
-    sizes = {str(i): size for i, (size, _, _) in enumerate(values)}
-    lives = {str(i): Lifetime(min(a, b), max(a, b)) for i, (_, a, b) in enumerate(values)}
-    places, total = assign(sizes, lives)
-    used = [set() for _ in range(21)]
-    for name, place in places.items():
-        floats = set(range(place, place + sizes[name]))
-        assert max(floats) < total
-        for step in range(lives[name].first, lives[name].last + 1):
-            assert not used[step] & floats
-            used[step] |= floats
 
 
 def test_panels_are_as_wide_as_the_channels_of_one_group_allow():
@@ -52,21 +37,6 @@ def test_panels_are_as_wide_as_the_channels_of_one_group_allow():
         (at,) = (i for i, step in enumerate(engine.steps.steps) if step.op == records.CONV)
         panels.append(-(-plan.records[at, records.VECTORS] // plan.records[at, records.PANEL]))
     assert panels[0] > panels[1] == 1
-
-
-def test_memory_beside_what_is_placed():
-    """Values go where those placed before are gone, and not below the start."""
-    lives = {"early": Lifetime(0, 1), "late": Lifetime(2, 3), "both": Lifetime(1, 2)}
-    placed = {"early": (0, 10)}
-    assert assign({"late": 10}, lives, 0, placed) == ({"late": 0}, 10)
-    assert assign({"both": 10}, lives, 0, placed) == ({"both": 10}, 20)
-    assert assign({"late": 10}, lives, 30, placed) == ({"late": 30}, 40)
-    assert assign({}, lives, 7) == ({}, 7)
-
-
-def test_memory_is_reused():
-    lives = {str(i): Lifetime(i, i + 1) for i in range(10)}
-    assert assign(dict.fromkeys(lives, 100), lives)[1] == 200
 
 
 def unpacked(packed, shape):

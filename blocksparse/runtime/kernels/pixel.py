@@ -115,6 +115,26 @@ class PixelWriter(RowsWriter):
         """Write what computes one tile of pixels."""
         raise NotImplementedError
 
+    def ask_for_rows(self, y: ir.Value, residual: ir.Value) -> None:
+        """Ask for what R rows of a tile will write and add, to come while sums are computed.
+
+        Both: to ask for one alone gained nothing, as the tile then waited for the other.
+        """
+        b, arg = self.builder, self.arg
+        size = self.kernel.width * self.lanes * FLOAT_BYTES
+
+        def ask(at: ir.Value, stride: ir.Value, to_write: bool) -> None:
+            for _ in range(self.kernel.rows):
+                for v in range(0, size, LINE_BYTES):
+                    self.prefetch(self.step(at, v), to_write)
+                at = b.add(at, stride)
+
+        ask(y, arg["y_stride"], to_write=True)
+        elsewhere = b.icmp_unsigned("!=", arg["residual"], arg["y"])
+        some = b.icmp_unsigned("!=", arg["residual"], I64(0))
+        with b.if_then(b.and_(some, elsewhere)):
+            ask(residual, arg["residual_stride"], to_write=False)
+
     def bias_tile(self, bias: ir.Value) -> list[ir.Value]:
         """Accumulators [R * V], each row starting from its bias."""
         tile = []
@@ -190,6 +210,7 @@ class SparseConv(BlockSums, PixelWriter):
         def part(
             w: ir.Value, y: ir.Value, residual: ir.Value, bias: ir.Value, left: ir.Value
         ) -> None:
+            self.ask_for_rows(y, residual)
             sums = self.block_sums(x, w, self.bias_tile(bias))
             self.finish_tile(sums, y, residual, mask, left)
 
