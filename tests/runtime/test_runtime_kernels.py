@@ -32,6 +32,7 @@ KERNELS = [
     Kernel("tile_output", 2, 1, 3),
     Kernel("copy_phases"),
     Kernel("pool_max", 3, 3, 2),
+    Kernel("pool_mean"),
     Kernel("pool_avg", 2, 3, 1),
     Kernel("pointwise_same", activation="silu"),
     Kernel("pointwise_add", activation="hardswish"),
@@ -39,7 +40,7 @@ KERNELS = [
     Kernel("pointwise_gate", activation="sigmoid"),
     Kernel("pointwise_affine", activation="relu6"),
 ]
-WITHOUT_FMA = {"copy_phases", "pool_max", "pool_avg", "pointwise_add", "pointwise_mul"}
+WITHOUT_FMA = {"copy_phases", "pool_max", "pool_avg", "pool_mean", "pointwise_add", "pointwise_mul"}
 
 
 def test_every_kernel_is_compiled_for_other_processors():

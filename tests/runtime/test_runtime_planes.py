@@ -180,18 +180,18 @@ def far_left(padding):
     return b.model()
 
 
-def far_right():
+def far_right(window):
     """A pool of a short row into rows that are long because a neighbour's are."""
     b = Builder((1, 1, 6))
     long = b.node("pad", "x", before=(0, 0, 0), after=(0, 0, 1994))
     beside = b.conv(long, 1, kernel=(1, 1998), padding=(0, 0))
-    pool = b.node("max_pool2d", "x", kernel=(1, 1), stride=(1, 2), padding=(0, 0), dilation=(1, 1),
-                  ceil_mode=False)  # fmt: skip
+    pool = b.node("max_pool2d", "x", kernel=(1, window), stride=(1, 2), padding=(0, window // 2),
+                  dilation=(1, 1), ceil_mode=False)  # fmt: skip
     b.node("add", beside, pool, activation="none")
     return b.model()
 
 
-@pytest.mark.parametrize("model", [*map(far_left, (2, 16, 17, 300)), far_right()])
+@pytest.mark.parametrize("model", [*map(far_left, (2, 16, 17, 300)), *map(far_right, (1, 3))])
 def test_vector_code_reads_only_memory(model):
     images = randoms(1, *model.input_shape)
     engine = engine_of(model)
@@ -202,9 +202,32 @@ def test_vector_code_reads_only_memory(model):
             source = records.layout_at(record, records.SOURCE)
             left = record[records.SHIFT + 2] if record[records.OP] == records.COPY else 0
             last = source.base + (source.channels - 1) * source.channel
-            row = 2 * record[records.ROW_VECTORS] * record[records.LANES]
+            # a pool reads the vectors that follow, too
+            vectors = record[records.ROW_VECTORS] + (record[records.OP] == records.POOL)
+            row = 2 * vectors * record[records.LANES]
             assert source.base + left >= -16, "a line of floats lies in front of memory"
             assert last + (source.height - 1) * source.row + row <= plan.floats
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("width", [1, 4, 7, 16, 17, 35])
+@pytest.mark.parametrize(("upper", "lower"), [(1, 0), (7, 0), (4, 3), (1, 5)])
+def test_a_mean_adds_every_pixel_once(upper, lower, width, lanes):
+    """Rows in two pieces, between them and behind them NaN, channels last to tell strides apart."""
+    x = np.full((2, 3, 8, width + 20), np.nan, np.float32)
+    pieces = randoms(3, upper, width), randoms(3, lower, width)
+    x[0, :, :upper, :width], x[1, :, :lower, :width] = pieces
+    y = np.full((3, 5), SENTINEL)
+    reach = -(-width // lanes) * lanes
+    call(
+        Kernel("pool_mean"), lanes, x[0], x.strides[2], x.strides[1], upper, x[1], x.strides[2],
+        x.strides[1], lower, y, y.strides[0], bits(np.arange(reach) < width, lanes),
+        reach // lanes, np.array([(upper + lower) * width], np.float32), 3,
+    )  # fmt: skip
+    whole = np.concatenate(pieces, axis=1)
+    expected = naive.adaptive_avg_pool2d(whole[None], (1, 1))[0, :, 0, 0]
+    np.testing.assert_allclose(y[:, 0], expected, rtol=0, atol=1e-6)
+    assert (y[:, 1:] == SENTINEL).all()
 
 
 @pytest.mark.parametrize("lanes", LANES)

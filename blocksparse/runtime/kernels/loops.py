@@ -51,7 +51,11 @@ the step's record (see `records`), the number of the item, the address of this t
 memory, and the number of the step.
 """
 
-FAST = {r.COPY: "copying.phases_item", r.POOL: "pooling.fast_pool_item"}
+FAST = {
+    r.COPY: "copying.phases_item",
+    r.POOL: "pooling.fast_pool_item",
+    r.ADAPTIVE_POOL: "pooling.mean_item",
+}
 """The same for copies and pools that have a micro-kernel."""
 
 # in the order of the time they take, from 3 s to 0.4, so that every n-th makes equal shares

@@ -33,7 +33,7 @@ from .feature import NMLinear, SparseLinear
 from .kernel import Kernel
 from .lines import LineInput, LineOutput
 from .pixel import NMConv, SparseConv, SparseProduct
-from .planes import PhaseCopy, Pool
+from .planes import Mean, PhaseCopy, Pool
 from .pointwise import Pointwise
 from .tail import SparseTail
 from .target import Target
@@ -57,6 +57,7 @@ _WRITERS: dict[str, type[Writer]] = {
     "copy_phases": PhaseCopy,
     "pool_max": Pool,
     "pool_avg": Pool,
+    "pool_mean": Mean,
     "pointwise_same": Pointwise,
     "pointwise_add": Pointwise,
     "pointwise_mul": Pointwise,

@@ -1,4 +1,4 @@
-"""Steps that move or combine whole pixels: pools, and the split into column phases.
+"""Steps that move or combine whole pixels: pools, means, and the split into column phases.
 
 Vectors run over the pixels of an output row. With stride 2, two vectors of input are read and
 shuffled apart into even and odd pixels.
@@ -23,12 +23,10 @@ class PlaneWriter(Writer):
         nearest = b.select(beyond, b.sub(arg["height"], I64(1)), nearest)
         return b.not_(b.or_(below, beyond)), b.add(x, b.mul(nearest, arg["x_row"]))
 
-    def vectors_at(self, x: ir.Value, stride: int, column: int) -> list[ir.Value]:
-        """Read the pixels from a column on, a vector for each step of the stride."""
-        return [
-            self.load(self.vector, self.step(x, (column + i * self.lanes) * FLOAT_BYTES))
-            for i in range(stride)
-        ]
+    def vectors_at(self, x: ir.Value, stride: int) -> list[ir.Value]:
+        """Read pixels, a vector for each step of the stride."""
+        size = self.lanes * FLOAT_BYTES
+        return [self.load(self.vector, self.step(x, i * size)) for i in range(stride)]
 
     def apart(self, vectors: list[ir.Value]) -> list[ir.Value]:
         """One vector as it is, two shuffled into every other pixel, the even ones first."""
@@ -71,7 +69,7 @@ class PhaseCopy(PlaneWriter):
 
                 def vector(state: list[ir.Value]) -> list[ir.Value]:
                     at, bit = state
-                    even, odd = self.apart(self.vectors_at(b.add(x, b.shl(at, I64(1))), 2, 0))
+                    even, odd = self.apart(self.vectors_at(b.add(x, b.shl(at, I64(1))), 2))
                     within = self.mask(b.add(arg["within"], bit))
                     to = b.add(y, at)
                     inside = self.mask(b.add(arg["masks"], bit))
@@ -96,8 +94,10 @@ class PhaseCopy(PlaneWriter):
 class Pool(PlaneWriter):
     """Maximum or average over windows of ``rows x columns`` at column stride ``width``.
 
-    The maximum reads rows outside the image as the nearest row inside, which is in the window too;
-    the average takes them as zero. Columns outside are masked.
+    The rows of a window are combined first, once for all windows that share their columns, which
+    then are the lanes of two vectors that lie beside each other. The maximum reads rows outside the
+    image as the nearest row inside, which is in the window too; the average takes them as zero.
+    Columns outside are masked.
     """
 
     arguments = (
@@ -109,13 +109,9 @@ class Pool(PlaneWriter):
         """Write the function."""
         b, arg, kernel = self.builder, self.arg, self.kernel
         size = self.lanes * FLOAT_BYTES
-        largest = kernel.op == "pool_max"
-        zero = ir.Constant(self.vector, None)
-        empty = zero
-        if largest:
-            empty = ir.Constant(self.vector, [ir.Constant(F32, float("-inf"))] * self.lanes)
-        combine = self.larger if largest else b.fadd
+        self.largest = kernel.op == "pool_max"
         per_column = b.mul(arg["vectors"], I64(self.bit_bytes))
+        beyond = kernel.columns > kernel.width  # a window reaches into the vectors that follow
 
         def channel(state: list[ir.Value]) -> list[ir.Value]:
             x_start, y_start = state
@@ -125,33 +121,20 @@ class Pool(PlaneWriter):
                 rows = [self.row_at(x_start, b.add(top, I64(i))) for i in range(kernel.rows)]
 
                 def vector(state: list[ir.Value]) -> list[ir.Value]:
-                    at, bit = state
-                    masks = b.add(arg["masks"], bit)
-                    insides = []
-                    for _ in range(kernel.columns):
-                        insides.append(self.mask(masks))
-                        masks = b.add(masks, per_column)
-                    ahead = b.mul(at, I64(kernel.width))
-                    total = empty
-                    for j in range(0, kernel.columns, kernel.width):
-                        # down the rows first, so that one row is left to shuffle and to mask
-                        below = [empty] * kernel.width
-                        for valid, x in rows:
-                            vectors = self.vectors_at(b.add(x, ahead), kernel.width, j)
-                            if not largest:
-                                vectors = [b.select(valid, vector, zero) for vector in vectors]
-                            below = [combine(*pair) for pair in zip(below, vectors, strict=True)]
-                        for k, value in enumerate(self.apart(below)[: kernel.columns - j]):
-                            total = combine(total, b.select(insides[j + k], value, empty))
-                    if not largest:
+                    at, bit, *columns = state
+                    following = self.down(rows, self.step(at, size)) if beyond else []
+                    columns = columns or self.down(rows, at)
+                    total = self.along(columns, following, b.add(arg["masks"], bit), per_column)
+                    if not self.largest:
                         total = b.fdiv(total, self.load(self.vector, b.add(divisors, at)))
                     within = b.add(arg["within"], bit)
                     inside = self.mask(b.add(within, per_column))
-                    value = b.select(inside, total, zero)
+                    value = b.select(inside, total, ir.Constant(self.vector, None))
                     self.store_first(value, b.add(y, at), self.mask(within))
-                    return [self.step(at, size), self.step(bit, self.bit_bytes)]
+                    return [self.step(at, size), self.step(bit, self.bit_bytes), *following]
 
-                self.loop([I64(0), I64(0)], vector, arg["vectors"])
+                first = self.down(rows, I64(0)) if beyond else []
+                self.loop([I64(0), I64(0), *first], vector, arg["vectors"])
                 return [
                     b.add(top, arg["stride"]),
                     b.add(y, arg["y_row"]),
@@ -163,3 +146,104 @@ class Pool(PlaneWriter):
 
         self.loop([arg["x"], arg["y"]], channel, arg["channels"])
         b.ret_void()
+
+    def combine(self, a: ir.Value | None, value: ir.Value) -> ir.Value:
+        """Return the larger of two values, or their sum."""
+        if a is None:
+            return value
+        return self.larger(a, value) if self.largest else self.builder.fadd(a, value)
+
+    def down(self, rows: list[tuple[ir.Value, ir.Value]], at: ir.Value) -> list[ir.Value]:
+        """Combine the rows of a window from a column on, each step of the stride in its vector."""
+        b, width = self.builder, self.kernel.width
+        zero = ir.Constant(self.vector, None)
+        below: list[ir.Value | None] = [None] * width
+        for valid, x in rows:
+            vectors = self.vectors_at(b.add(x, b.mul(at, I64(width))), width)
+            if not self.largest:
+                vectors = [b.select(valid, vector, zero) for vector in vectors]
+            below = [self.combine(*pair) for pair in zip(below, vectors, strict=True)]
+        return self.apart([vector for vector in below if vector is not None])
+
+    def along(
+        self, columns: list[ir.Value], following: list[ir.Value], masks: ir.Value, step: ir.Value
+    ) -> ir.Value:
+        """Combine the columns of a window, of which the last lie in the vectors that follow."""
+        b, width = self.builder, self.kernel.width
+        empty = ir.Constant(F32, float("-inf") if self.largest else 0.0)
+        outside = ir.Constant(self.vector, [empty] * self.lanes)
+        total = None
+        for j in range(self.kernel.columns):
+            first, value = j // width, columns[j % width]
+            if first:
+                lanes = [I32(lane) for lane in range(first, first + self.lanes)]
+                places = ir.Constant(ir.VectorType(I32, self.lanes), lanes)
+                value = b.shuffle_vector(value, following[j % width], places)
+            total = self.combine(total, b.select(self.mask(masks), value, outside))
+            masks = b.add(masks, step)
+        return total
+
+
+class Mean(Writer):
+    """Average of all pixels of an image, channel by channel; its rows lie in two pieces, or one.
+
+    Lanes add up on their own, so that many numbers do not pass through one sum, and are added in
+    pairs at the end.
+    """
+
+    arguments = (
+        "x", "x_row", "x_channel", "height", "lower", "lower_row", "lower_channel", "lower_height",
+        "y", "y_channel", "masks", "vectors", "pixels", "count",
+    )  # fmt: skip
+
+    def write(self) -> None:
+        """Write the function."""
+        b, arg = self.builder, self.arg
+        pixels = self.load(F32, arg["pixels"])
+
+        def channel(state: list[ir.Value]) -> list[ir.Value]:
+            upper, lower, y = state
+            total = ir.Constant(self.vector, None)
+            total = self.rows(upper, arg["x_row"], arg["height"], total)
+            total = self.rows(lower, arg["lower_row"], arg["lower_height"], total)
+            self.store(b.fdiv(self.sum_of(total), pixels), y)
+            return [
+                b.add(upper, arg["x_channel"]),
+                b.add(lower, arg["lower_channel"]),
+                b.add(y, arg["y_channel"]),
+            ]
+
+        self.loop([arg["x"], arg["lower"], arg["y"]], channel)
+        b.ret_void()
+
+    def rows(self, x: ir.Value, stride: ir.Value, count: ir.Value, total: ir.Value) -> ir.Value:
+        """Add the pixels of rows to the lanes of a vector."""
+        b, arg = self.builder, self.arg
+        zero = ir.Constant(self.vector, None)
+
+        def row(state: list[ir.Value]) -> list[ir.Value]:
+            start, total = state
+
+            def vector(state: list[ir.Value]) -> list[ir.Value]:
+                at, masks, total = state
+                inside = b.select(self.mask(masks), self.load(self.vector, at), zero)
+                following = self.step(at, self.lanes * FLOAT_BYTES)
+                return [following, self.step(masks, self.bit_bytes), b.fadd(total, inside)]
+
+            *_, total = self.loop([start, arg["masks"], total], vector, arg["vectors"])
+            return [b.add(start, stride), total]
+
+        return self.loop([x, total], row, count)[1]
+
+    def sum_of(self, value: ir.Value) -> ir.Value:
+        """Add the lanes of a vector."""
+        b = self.builder
+        while value.type.count > 1:
+            half = value.type.count // 2
+            kind = ir.VectorType(I32, half)
+            low, high = (
+                b.shuffle_vector(value, value, ir.Constant(kind, list(range(first, first + half))))
+                for first in (0, half)
+            )
+            value = b.fadd(low, high)
+        return b.extract_element(value, I32(0))

@@ -110,6 +110,26 @@ def _max_columns(line: Any, out: Any, kernel: int, stride: int, dilation: int) -
         out[x] = best
 
 
+def mean_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
+    """Average one chunk of channels over whole images with the micro-kernel."""
+    memory, memory_at, step, _, batch = opened(call_at, step_at)
+    a, b, lower = view(step, r.SOURCE), view(step, r.TARGET), view(step, r.OTHER)
+    start, stop, first, last = span(step, item, b.channels, batch)
+    for n in range(first, last):
+        call(
+            step[r.FAST],
+            (
+                memory_at + 4 * (a.base + start * a.channel + n * a.image),
+                4 * a.row, 4 * a.channel, a.height,
+                memory_at + 4 * (lower.base + start * lower.channel),
+                4 * lower.row, 4 * lower.channel, lower.height,
+                memory_at + 4 * (b.base + start * b.channel + n * b.image), 4 * b.channel,
+                step[r.COLUMN_MASKS], step[r.ROW_VECTORS], step[r.DIVISORS], stop - start,
+            ),
+        )  # fmt: skip
+        zero_ends(memory, b, start, stop, n, 0, 1, batch)
+
+
 def adaptive_pool_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) -> None:
     """Average one chunk of channels over an adaptive grid.
 
