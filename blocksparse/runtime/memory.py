@@ -158,5 +158,7 @@ def _read_by_pixel(step: Step) -> list[str]:
     if step.op not in _ADDS:
         return []
     if step.op == records.ELEMENTWISE:
-        return [name for name in (step.other, step.source) if name is not None]
+        # one gate serves all pixels of a channel, those of another half, too
+        other = None if step.details["function"] == "gate" else step.other
+        return [name for name in (other, step.source) if name is not None]
     return [step.other] if step.other not in (None, step.source) else []

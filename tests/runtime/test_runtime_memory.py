@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import Builder, randoms
 
-from blocksparse.runtime import reference
+from blocksparse.runtime import halves, reference
 from blocksparse.runtime.algorithms import Algorithm
 from blocksparse.runtime.memory import Lifetime, assign, place_values
 from blocksparse.runtime.tolerance import tolerance
@@ -102,6 +102,24 @@ def test_element_wise_operations_overwrite_what_they_read_last():
     product = b.node("mul", total, total)
     scaled = b.node("affine", product, activation="relu")
     assert {(right, total), (total, product), (product, scaled)} <= shared(b.model())
+
+
+def test_a_gate_that_both_halves_read_stays(monkeypatch):
+    """Of two rows each half has one pixel a channel, as many as the gate."""
+    monkeypatch.setattr(halves, "LEAST_ROWS", 2)
+    b = Builder((8, 4, 2))
+    pool = b.node("max_pool2d", "x", kernel=(2, 2), stride=(2, 2), padding=(0, 0), dilation=(1, 1),
+                  ceil_mode=False)  # fmt: skip
+    mean = b.node("adaptive_avg_pool2d", pool, output_size=(1, 1))
+    gate = b.node("activation", mean, activation="sigmoid")
+    b.node("mul", pool, gate)
+    model = b.model()
+    x = randoms(1, 8, 4, 2)
+    engine = engine_of(model)
+    places, _ = place_values(halves.halve(model, engine.steps), 1)
+    assert places["mul3.upper"] == places["max_pool2d0.upper"] != places[gate]
+    for _ in range(5):
+        close(model, engine.run(x, 2), x)
 
 
 def test_parts_of_a_concatenation_stay_there():
