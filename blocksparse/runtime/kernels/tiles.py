@@ -14,7 +14,7 @@ from llvmlite import ir
 
 from .transforms import Transform
 from .winograd_matrices import OUTPUTS, PLANES
-from .writer import FLOAT_BYTES, I64
+from .writer import FLOAT_BYTES, I64, LINE_BYTES
 
 
 class _Tiles(Transform):
@@ -39,7 +39,7 @@ class TileInput(_Tiles):
     def write(self) -> None:
         """Write the function."""
         b, arg = self.builder, self.arg
-        zero = ir.Constant(self.vector, None)
+        down = b.mul(arg["y_plane"], I64(PLANES))
         masks = [self.mask(self.step(arg["masks"], i * self.bit_bytes)) for i in range(2 * OUTPUTS)]
         starts, strides = [], []
         for group in range(self.kernel.columns):
@@ -53,28 +53,60 @@ class TileInput(_Tiles):
 
         def channel(state: list[ir.Value]) -> list[ir.Value]:
             y, *rows = state
-            columns: list[list[ir.Value]] = []  # [row][column]
+            self.ask_for_rows(rows, strides)
+            # along the rows as they come, then down the columns: at most 36 values are in registers
+            along = []
             for i in range(PLANES):
-                found = []
-                for shift in (0, OUTPUTS):
-                    vectors = []
-                    for q, (group, pixel) in enumerate(self.chunks(OUTPUTS)):
-                        at = self.step(rows[group * PLANES + i], (pixel + shift) * FLOAT_BYTES)
-                        mask = masks[q + (OUTPUTS if shift else 0)]
-                        vectors.append(b.select(mask, self.load(self.vector, at), zero))
-                    found += self.apart(vectors)[: PLANES - shift]
-                columns.append(found)
-            # down the columns, then along the rows
-            down = [self.into_planes(list(column)) for column in zip(*columns, strict=True)]
-            for row in zip(*down, strict=True):
-                for plane in self.into_planes(list(row)):
-                    self.store(plane, y)
-                    y = b.add(y, arg["y_plane"])
+                pieces = rows[i::PLANES]
+                found = self.apart([self.part(pieces, masks, q) for q in range(OUTPUTS)])
+                along.append(self.into_planes([*found, *self.beyond(found, pieces, masks)]))
+            for column in zip(*along, strict=True):
+                to = y
+                for plane in self.into_planes(list(column)):
+                    self.store(plane, to)
+                    to = b.add(to, down)
+                y = b.add(y, arg["y_plane"])
             following = [b.add(row, stride) for row, stride in zip(rows, strides, strict=True)]
             return [b.add(state[0], arg["y_channel"]), *following]
 
         self.loop([arg["y"], *starts], channel, arg["channels"])
         b.ret_void()
+
+    def ask_for_rows(self, rows: list[ir.Value], strides: list[ir.Value]) -> None:
+        """Ask for the rows of the channel after the next: they lie a plane away from these."""
+        size = OUTPUTS * self.lanes * FLOAT_BYTES // self.kernel.columns
+        for row, stride in zip(rows, strides, strict=True):
+            at = self.builder.add(row, self.builder.mul(stride, I64(2)))
+            for line in range(0, size, LINE_BYTES):
+                self.prefetch(self.step(at, line))
+
+    def part(
+        self, rows: list[ir.Value], masks: list[ir.Value], q: int, beyond: bool = False
+    ) -> ir.Value:
+        """Read a vector of a row of tiles, or what lies from its fifth pixel on."""
+        group, pixel = self.chunks(OUTPUTS)[q]
+        at = self.step(rows[group], (pixel + OUTPUTS * beyond) * FLOAT_BYTES)
+        mask = masks[q + OUTPUTS * beyond]
+        value = self.load(self.vector, at)
+        return self.builder.select(mask, value, ir.Constant(self.vector, None))
+
+    def beyond(
+        self, columns: list[ir.Value], rows: list[ir.Value], masks: list[ir.Value]
+    ) -> list[ir.Value]:
+        """Return the fifth and sixth columns of the tiles: the first two of the next ones.
+
+        In one tile row only those of the last tile have to be read. In several it is as quick to
+        read and shuffle all of them.
+        """
+        if self.kernel.columns > 1:
+            vectors = [self.part(rows, masks, q, beyond=True) for q in range(OUTPUTS)]
+            return self.apart(vectors)[: PLANES - OUTPUTS]
+        last = self.part(rows, masks, OUTPUTS - 1, beyond=True)
+        following, first = list(range(1, self.lanes)), 2 * self.lanes - OUTPUTS
+        return [
+            self.shuffle(column, last, [*following, first + c])
+            for c, column in enumerate(columns[: PLANES - OUTPUTS])
+        ]
 
 
 class TileOutput(_Tiles):

@@ -28,13 +28,15 @@ class Transform(Writer):
         """Multiply by B: n values to n planes.
 
         The polynomials of opposite points, two rows of B, differ in the signs of the odd powers. So
-        both are made of the same two sums.
+        both are made of the same two sums, the odd one times the point.
         """
-        b, matrix = self.builder, self.filtering.input
+        matrix = self.filtering.input
         planes = [self.combine(matrix[0], values)]
         for row in matrix[1:-1:2]:
-            even, odd = (self.combine(row[i::2], values[i::2]) for i in (0, 1))
-            planes += [b.fadd(even, odd), b.fsub(even, odd)]
+            even, odd, point = row[0::2], row[1::2], row[-3]
+            common = self.combine([weight / point for weight in odd], values[1::2])
+            even = self.combine(even, values[0::2])
+            planes += [self.fma(self.constant(x), common, even) for x in (point, -point)]
         return [*planes, self.combine(matrix[-1], values)]
 
     def into_outputs(self, planes: list[ir.Value]) -> list[ir.Value]:
@@ -49,17 +51,18 @@ class Transform(Writer):
         ]
 
     def combine(self, row: list[float], values: list[ir.Value]) -> ir.Value:
-        """Return the sum of the values, weighted by a row of a matrix."""
-        total = None
-        for weight, value in zip(row, values, strict=True):
-            if weight == 0:
-                continue
-            if total is None:
-                total = value if weight == 1 else self.builder.fmul(value, self.constant(weight))
-            elif weight == 1:
-                total = self.builder.fadd(total, value)
-            elif weight == -1:
-                total = self.builder.fsub(total, value)
+        """Return the sum of the values, weighted by a row of a matrix.
+
+        It begins with one of weight 1, if there is any, which then takes no multiplication.
+        """
+        terms = [pair for pair in zip(row, values, strict=True) if pair[0] != 0]
+        (weight, total), *rest = sorted(terms, key=lambda pair: pair[0] != 1)
+        if weight != 1:
+            total = self.builder.fmul(total, self.constant(weight))
+        for weight, value in rest:
+            if abs(weight) == 1:
+                add = self.builder.fadd if weight == 1 else self.builder.fsub
+                total = add(total, value)
             else:
                 total = self.fma(self.constant(weight), value, total)
         return total
