@@ -233,7 +233,8 @@ def test_unfinished_reshape_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("part", "value"), [("weight", float("nan")), ("running_var", float("-inf"))]
+    ("part", "value"),
+    [("weight", float("nan")), ("running_var", float("-inf")), ("bias", float("inf"))],
 )
 def test_nan_and_infinity_are_named(part, value):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
