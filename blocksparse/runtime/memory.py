@@ -13,11 +13,12 @@ from . import layout
 from .kernels import records
 from .step import Place, Step, Steps
 
-_ADDS = (
-    records.CONV, records.CONV_NM, records.WINOGRAD, records.LINES_CONV, records.TILES_CONV,
+_ADDS = {
+    *(records.CONV, records.CONV_NM, records.WINOGRAD, records.LINES_CONV, records.TILES_CONV),
     records.ELEMENTWISE,
-)  # fmt: skip
-"""Steps whose second operand is read pixel by pixel, each just before that pixel is written."""
+}
+"""Steps that read a second operand, if they have one, pixel by pixel, but for gates: each just
+before that pixel is written."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def assign(
             place for other, place in ranges.items() if lifetimes[name].overlaps(lifetimes[other])
         )
         at = start
-        for start, end in taken:
-            if at + sizes[name] <= start:
+        for first, end in taken:
+            if at + sizes[name] <= first:
                 break
             at = max(at, end)
         places[name] = at
@@ -140,7 +141,7 @@ def _overwritten(steps: Steps, lives: Mapping[str, Lifetime]) -> dict[str, str]:
     roots: dict[str, str] = {}
     for step, moment in zip(steps.steps, _moments(steps), strict=True):
         target = step.target
-        for name in _read_by_pixel(step):
+        for name in _read_by_pixel(steps, step):
             alike = (
                 steps.places[name] == Place(name)
                 and steps.places[target] == Place(target)
@@ -153,12 +154,14 @@ def _overwritten(steps: Steps, lives: Mapping[str, Lifetime]) -> dict[str, str]:
     return roots
 
 
-def _read_by_pixel(step: Step) -> list[str]:
+def _read_by_pixel(steps: Steps, step: Step) -> list[str]:
     """Values of which a step reads a pixel just before it writes the same pixel of its target."""
     if step.op not in _ADDS:
         return []
+    added = [] if step.other is None else [step.other]
     if step.op == records.ELEMENTWISE:
         # one gate serves all pixels of a channel, those of another half, too
-        other = None if step.details["function"] == "gate" else step.other
-        return [name for name in (other, step.source) if name is not None]
-    return [step.other] if step.other not in (None, step.source) else []
+        return [*([] if step.details["function"] == "gate" else added), step.source]
+    # the window of a convolution may read what is added, or a part of it: a concatenation's
+    window = steps.places[step.source].owner
+    return [name for name in added if steps.places[name].owner != window]

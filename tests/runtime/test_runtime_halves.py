@@ -68,6 +68,13 @@ def extend(b, draw, x):
         )  # fmt: skip
     if kind == "add":
         return b.node("add", x, b.conv(x, b.shapes[x][0]), activation="relu6")
+    if kind == "residual":
+        alike = [name for name, shape in b.shapes.items() if shape[1:] == b.shapes[x][1:]]
+        size = draw(st.sampled_from([1, 3]))
+        return b.conv(
+            draw(st.sampled_from(alike)), b.shapes[x][0], (size, size),
+            draw(st.sampled_from(LAYOUTS)), padding=(size // 2, size // 2), residual=x,
+        )  # fmt: skip
     if kind == "concat":
         return b.node("concat", b.conv(x, 3), x, b.conv(x, 2, (5, 1), padding=(2, 0)))
     if kind == "slice":
@@ -86,6 +93,7 @@ def extend(b, draw, x):
 
 KINDS = [
     "conv", "max_pool2d", "avg_pool2d", "add", "concat", "slice", "pad", "gate", "affine", "silu",
+    "residual",
 ]  # fmt: skip
 LAYOUTS = ["dense", ("bsr", (8, 8), 0.5), ("nm", 2, 4)]
 
@@ -97,7 +105,7 @@ def networks(draw):
     x = "x"
     for _ in range(draw(st.integers(1, 5))):
         try:
-            x = extend(b, draw, x)
+            x = extend(b, draw, draw(st.sampled_from([x, *b.shapes])))
         except ValueError:  # the window is larger than the image
             continue
     end = draw(st.sampled_from(["map", "average", "flat"]))

@@ -48,6 +48,20 @@ def test_memory_beside_what_is_placed():
     assert assign({}, lives, 7) == ({}, 7)
 
 
+def test_no_value_lies_below_the_start():
+    """Also behind one that had to go beside another."""
+    lives = {
+        "up": Lifetime(0, 9),
+        "big": Lifetime(0, 5),
+        "small": Lifetime(2, 9),
+        "tiny": Lifetime(6, 9),
+    }
+    sizes = {"big": 8, "small": 4, "tiny": 2}
+    places, total = assign(sizes, lives, 30, {"up": (0, 10)})
+    assert places == {"big": 30, "small": 38, "tiny": 30}
+    assert total == 42
+
+
 def test_memory_is_reused():
     lives = {str(i): Lifetime(i, i + 1) for i in range(10)}
     assert assign(dict.fromkeys(lives, 100), lives)[1] == 200
@@ -95,6 +109,18 @@ def test_what_a_window_reads_is_not_overwritten(kernel):
     assert (stem, total) not in shared(b.model())
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("layout", ["dense", BLOCKS, ("nm", 2, 4)])
+def test_what_a_window_reads_a_part_of_is_not_overwritten(kernel, layout):
+    """A convolution of one part of a concatenation that adds the whole."""
+    b = Builder((8, 60, 60))
+    left, right = b.conv("x", 8), b.conv("x", 8, seed=1)
+    both = b.node("concat", left, right)
+    pad = (kernel // 2, kernel // 2)
+    total = b.conv(left, 16, (kernel, kernel), layout, padding=pad, residual=both)
+    assert (both, total) not in shared(b.model())
+
+
 def test_element_wise_operations_overwrite_what_they_read_last():
     b = Builder((16, 6, 6))
     left, right = b.conv("x", 16), b.conv("x", 16, seed=1)
@@ -134,13 +160,14 @@ def test_parts_of_a_concatenation_stay_there():
     assert (right, second) not in pairs
 
 
-@pytest.mark.parametrize("layout", [BLOCKS, ("nm", 2, 4)])
-@pytest.mark.parametrize("way", [way for way in Algorithm if not way.dense])
+@pytest.mark.parametrize(
+    ("way", "layout"),
+    [(Algorithm.DIRECT, ("nm", 2, 4)), *((way, BLOCKS) for way in Algorithm if not way.dense)],
+)
 @pytest.mark.parametrize("height", [5, 14])
 def test_every_way_to_convolve_writes_only_what_it_has_added(way, layout, height):
     """In memory full of NaN; a tile or row that an image ends in, too."""
     kernel, padding = ((1, 3), (0, 1)) if way.transforms == "rows" else ((3, 3), (1, 1))
-    layout = BLOCKS if way.transforms else layout
     b = Builder((8, height, 21))
     stem = b.conv("x", 16)
     inner = b.conv(stem, 8, kernel, layout, padding=padding)

@@ -231,6 +231,15 @@ def test_a_mean_adds_every_pixel_once(upper, lower, width, lanes):
 
 
 @pytest.mark.parametrize("lanes", LANES)
+def test_a_mean_of_a_large_image_rounds_little(lanes):
+    """Equal numbers, whose sums all err to the same side."""
+    b = Builder((1, 1024, 1024))
+    b.node("adaptive_avg_pool2d", "x", output_size=(1, 1))
+    x = np.full((1, 1, 1024, 1024), 0.1, np.float32)
+    assert abs(engine_of(b.model(), lanes).run(x, 1).item() / x[0, 0, 0, 0] - 1) < 1e-4
+
+
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("row", [1, 3, 4, 8, 15, 16, 17, 21])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("op", ["pool_max", "pool_avg"])

@@ -115,26 +115,6 @@ class PixelWriter(RowsWriter):
         """Write what computes one tile of pixels."""
         raise NotImplementedError
 
-    def ask_for_rows(self, y: ir.Value, residual: ir.Value) -> None:
-        """Ask for what R rows of a tile will write and add, to come while sums are computed.
-
-        Both: to ask for one alone gained nothing, as the tile then waited for the other.
-        """
-        b, arg = self.builder, self.arg
-        size = self.kernel.width * self.lanes * FLOAT_BYTES
-
-        def ask(at: ir.Value, stride: ir.Value, to_write: bool) -> None:
-            for _ in range(self.kernel.rows):
-                for v in range(0, size, LINE_BYTES):
-                    self.prefetch(self.step(at, v), to_write)
-                at = b.add(at, stride)
-
-        ask(y, arg["y_stride"], to_write=True)
-        elsewhere = b.icmp_unsigned("!=", arg["residual"], arg["y"])
-        some = b.icmp_unsigned("!=", arg["residual"], I64(0))
-        with b.if_then(b.and_(some, elsewhere)):
-            ask(residual, arg["residual_stride"], to_write=False)
-
     def bias_tile(self, bias: ir.Value) -> list[ir.Value]:
         """Accumulators [R * V], each row starting from its bias."""
         tile = []
@@ -156,6 +136,13 @@ class PixelWriter(RowsWriter):
 
 class BlockSums(Writer):
     """Sums of blocks of R output by J input channels against V vectors of pixels."""
+
+    def ask_for_rows(self, at: ir.Value, stride: ir.Value, to_write: bool) -> None:
+        """Ask for the pixels of a tile in R rows, so many bytes apart."""
+        for _ in range(self.kernel.rows):
+            for v in range(0, self.kernel.width * self.lanes * FLOAT_BYTES, LINE_BYTES):
+                self.prefetch(self.step(at, v), to_write)
+            at = self.builder.add(at, stride)
 
     def block_sums(self, x: ir.Value, w: ir.Value, tile: list[ir.Value]) -> list[ir.Value]:
         """Write the loop over the blocks of a block row, from accumulators [R * V] on."""
@@ -210,11 +197,24 @@ class SparseConv(BlockSums, PixelWriter):
         def part(
             w: ir.Value, y: ir.Value, residual: ir.Value, bias: ir.Value, left: ir.Value
         ) -> None:
-            self.ask_for_rows(y, residual)
+            self.ask_ahead(y, residual)
             sums = self.block_sums(x, w, self.bias_tile(bias))
             self.finish_tile(sums, y, residual, mask, left)
 
         self.each_rows(y, residual, part)
+
+    def ask_ahead(self, y: ir.Value, residual: ir.Value) -> None:
+        """Ask for what R rows of a tile will write and add, to come while sums are computed.
+
+        Where a residual lies elsewhere, for both: to ask for one of them gained nothing, as the tile
+        then waited for the other.
+        """
+        b, arg = self.builder, self.arg
+        self.ask_for_rows(y, arg["y_stride"], to_write=True)
+        elsewhere = b.icmp_unsigned("!=", arg["residual"], arg["y"])
+        some = b.icmp_unsigned("!=", arg["residual"], I64(0))
+        with b.if_then(b.and_(some, elsewhere)):
+            self.ask_for_rows(residual, arg["residual_stride"], to_write=False)
 
 
 class SparseProduct(BlockSums):
@@ -240,11 +240,7 @@ class SparseProduct(BlockSums):
         def tile(state: list[ir.Value]) -> list[ir.Value]:
             x, w, y, ask, asks = state
             with b.if_then(b.icmp_signed(">", asks, I64(0))):
-                at = ask
-                for _ in range(self.kernel.rows):
-                    for v in range(0, width * size, LINE_BYTES):
-                        self.prefetch(self.step(at, v), to_write=True)
-                    at = b.add(at, arg["ask_stride"])
+                self.ask_for_rows(ask, arg["ask_stride"], to_write=True)
             sums = self.block_sums(x, w, [zero] * (self.kernel.rows * width))
             at = y
             for r in range(self.kernel.rows):

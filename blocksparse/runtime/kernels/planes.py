@@ -187,8 +187,8 @@ class Pool(PlaneWriter):
 class Mean(Writer):
     """Average of all pixels of an image, channel by channel; its rows lie in two pieces, or one.
 
-    Lanes add up on their own, so that many numbers do not pass through one sum, and are added in
-    pairs at the end.
+    Each lane of a row adds up on its own, then rows, then lanes in pairs: no sum is as long as an
+    image, so that little is rounded.
     """
 
     arguments = (
@@ -225,13 +225,13 @@ class Mean(Writer):
             start, total = state
 
             def vector(state: list[ir.Value]) -> list[ir.Value]:
-                at, masks, total = state
+                at, masks, along = state
                 inside = b.select(self.mask(masks), self.load(self.vector, at), zero)
                 following = self.step(at, self.lanes * FLOAT_BYTES)
-                return [following, self.step(masks, self.bit_bytes), b.fadd(total, inside)]
+                return [following, self.step(masks, self.bit_bytes), b.fadd(along, inside)]
 
-            *_, total = self.loop([start, arg["masks"], total], vector, arg["vectors"])
-            return [b.add(start, stride), total]
+            *_, along = self.loop([start, arg["masks"], zero], vector, arg["vectors"])
+            return [b.add(start, stride), b.fadd(total, along)]
 
         return self.loop([x, total], row, count)[1]
 

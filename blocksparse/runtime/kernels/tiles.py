@@ -54,7 +54,7 @@ class TileInput(_Tiles):
         def channel(state: list[ir.Value]) -> list[ir.Value]:
             y, *rows = state
             self.ask_for_rows(rows, strides)
-            # along the rows as they come, then down the columns: at most 36 values are in registers
+            # along the rows as they come, then down the columns: at most 36 values are alive
             along = []
             for i in range(PLANES):
                 pieces = rows[i::PLANES]
