@@ -206,7 +206,7 @@ class SparseConv(BlockSums, PixelWriter):
     def ask_ahead(self, y: ir.Value, residual: ir.Value) -> None:
         """Ask for what R rows of a tile will write and add, to come while sums are computed.
 
-        Where a residual lies elsewhere, for both: to ask for one of them gained nothing, as the tile
+        Where a residual lies elsewhere, for both: to ask for one of them gained nothing, as a tile
         then waited for the other.
         """
         b, arg = self.builder, self.arg
