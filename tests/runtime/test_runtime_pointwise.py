@@ -199,8 +199,9 @@ def test_feature_maps(function, lanes, activation, channels, image, batch, conca
     if function == "affine":  # what cancels, times a slope of hardswish of at most 1.5
         per_channel = [model.vectors[f"{node}.{p}"][:, None, None] for p in ("scale", "shift")]
         least = 2.0**-21 * (np.abs(x * per_channel[0]) + np.abs(per_channel[1]))
-    if function == "gate":  # the mean is rounded otherwise than float64's
-        least = 2.0**-22 * np.abs(expected)
+    if function == "gate":  # a mean of float32 sums, in which large numbers may cancel
+        error = 2.0**-21 * np.abs(x).mean(axis=(2, 3), keepdims=True)
+        least = np.maximum(least, error * np.abs(x))
     assert_near(got, expected, least)
     assert_nothing_else_written(memory, plan, batch)
 

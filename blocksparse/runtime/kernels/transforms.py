@@ -28,8 +28,8 @@ class Transform(Writer):
         """Multiply by B: n values to n planes.
 
         The polynomials of opposite points, two rows of B, differ in the signs of the odd powers. So
-        both are made of the same two sums, the odd one times the point: with roots that are 0 and
-        pairs of opposites but for the point's, it is the coefficient below the highest, 1.
+        both are made of the same two sums, the odd one times the point. That is the coefficient
+        below the highest, which is 1: all other roots are 0 or pairs of opposites.
         """
         matrix = self.filtering.input
         planes = [self.combine(matrix[0], values)]
