@@ -110,7 +110,8 @@ class _Binding:
         self.scratch = 64
         self.bases, floats = place_values(steps, batch)
         # The last vector and kernel positions reach beyond the last pixel of the last channel; at
-        # column stride 2 a row of outputs, padding included, reaches twice its length.
+        # column stride 2 a row of outputs, padding included, reaches twice its length, and a pool
+        # reads the vectors that follow.
         widest = max((frame.image for frame in steps.frames.values()), default=0)
         self.floats = floats + 2 * widest + 256
         if self.floats >= 2**31:
