@@ -95,8 +95,9 @@ def place_values(steps: Steps, batch: int) -> tuple[dict[str, int], int]:
     floats : int
         Where the last of them ends.
     """
-    lives = _lifetimes(steps)
-    roots = _overwritten(steps, lives)
+    moments = _moments(steps)
+    lives = _lifetimes(steps, moments)
+    roots = _overwritten(steps, moments, lives)
     for name, root in roots.items():
         lives[root] = Lifetime(lives[root].first, lives[name].last)
     bases: dict[str, int] = {}
@@ -117,10 +118,10 @@ def place_values(steps: Steps, batch: int) -> tuple[dict[str, int], int]:
     return bases | {name: bases[root] for name, root in roots.items()}, floats
 
 
-def _lifetimes(steps: Steps) -> dict[str, Lifetime]:
-    """When the owners of places exist; halves of a step run at the same moment."""
+def _lifetimes(steps: Steps, moments: list[int]) -> dict[str, Lifetime]:
+    """When the owners of places exist."""
     lives: dict[str, Lifetime] = {}
-    for step, moment in zip(steps.steps, _moments(steps), strict=True):
+    for step, moment in zip(steps.steps, moments, strict=True):
         values = (step.source, step.target, step.other)
         for owner in {steps.places[name].owner for name in values if name is not None}:
             first = lives[owner].first if owner in lives else moment
@@ -129,6 +130,7 @@ def _lifetimes(steps: Steps) -> dict[str, Lifetime]:
 
 
 def _moments(steps: Steps) -> list[int]:
+    """When each step runs: both halves of one at the same moment."""
     moments, moment = [], 0
     for step in steps.steps:
         moments.append(moment)
@@ -136,10 +138,10 @@ def _moments(steps: Steps) -> list[int]:
     return moments
 
 
-def _overwritten(steps: Steps, lives: Mapping[str, Lifetime]) -> dict[str, str]:
+def _overwritten(steps: Steps, moments: list[int], lives: Mapping[str, Lifetime]) -> dict[str, str]:
     """Values that take the place of one that their step reads last, and whose it was at first."""
     roots: dict[str, str] = {}
-    for step, moment in zip(steps.steps, _moments(steps), strict=True):
+    for step, moment in zip(steps.steps, moments, strict=True):
         target = step.target
         for name in _read_by_pixel(steps, step):
             alike = (

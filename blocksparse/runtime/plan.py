@@ -191,18 +191,12 @@ class _Binding:
             _put(record, records.TARGET, flat)
         self._cut(record, channels, ITEMS, by_channels=True)
         if step.node.shape[1:] == (1, 1):
-            self._mean(record, *self.model.graph.shapes[step.node.inputs[0]][1:])
-
-    def _mean(self, record: Record, height: int, width: int) -> None:
-        """Give an average of whole images its micro-kernel."""
-        lanes = self.target.lanes
-        inside = np.arange(layout.round_up(width, lanes)) < width
-        record[records.COMPUTE] = loops.address(loops.FAST[records.ADAPTIVE_POOL])
-        record[records.FAST] = objects.address(Kernel("pool_mean"), self.target)
-        record[records.ROW_VECTORS] = len(inside) // lanes
-        record[records.COLUMN_MASKS] = self.tables.address(lane_bits(inside, lanes))
-        pixels = np.array([height * width], np.float32)
-        record[records.DIVISORS] = self.tables.address(pixels)
+            source = self._layout(step.source)
+            pixels = source._replace(row=source.width)
+            self._fast(record, Kernel("pool_mean"), pixels, pixels, [0], 1)
+            _, height, width = self.model.graph.shapes[step.node.inputs[0]]
+            count = np.array([height * width], np.float32)
+            record[records.DIVISORS] = self.tables.address(count)
 
     def _by_rows(self, record: Record, where: Layout, planes: int = 1) -> None:
         """Cut a move into items of rows, or of channels where a channel is less than a page.

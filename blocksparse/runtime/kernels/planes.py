@@ -28,17 +28,6 @@ class PlaneWriter(Writer):
         size = self.lanes * FLOAT_BYTES
         return [self.load(self.vector, self.step(x, i * size)) for i in range(stride)]
 
-    def apart(self, vectors: list[ir.Value]) -> list[ir.Value]:
-        """One vector as it is, two shuffled into every other pixel, the even ones first."""
-        if len(vectors) == 1:
-            return vectors
-        pair = []
-        for odd in (0, 1):
-            places = [I32(2 * lane + odd) for lane in range(self.lanes)]
-            mask = ir.Constant(ir.VectorType(I32, self.lanes), places)
-            pair.append(self.builder.shuffle_vector(*vectors, mask))
-        return pair
-
 
 class PhaseCopy(PlaneWriter):
     """Every second pixel of rows, all channels: one or both column phases of one row phase.
@@ -109,7 +98,6 @@ class Pool(PlaneWriter):
         """Write the function."""
         b, arg, kernel = self.builder, self.arg, self.kernel
         size = self.lanes * FLOAT_BYTES
-        self.largest = kernel.op == "pool_max"
         per_column = b.mul(arg["vectors"], I64(self.bit_bytes))
         beyond = kernel.columns > kernel.width  # a window reaches into the vectors that follow
 
@@ -147,6 +135,11 @@ class Pool(PlaneWriter):
         self.loop([arg["x"], arg["y"]], channel, arg["channels"])
         b.ret_void()
 
+    @property
+    def largest(self) -> bool:
+        """Whether it takes the maximum."""
+        return self.kernel.op == "pool_max"
+
     def combine(self, a: ir.Value | None, value: ir.Value) -> ir.Value:
         """Return the larger of two values, or their sum."""
         if a is None:
@@ -176,9 +169,8 @@ class Pool(PlaneWriter):
         for j in range(self.kernel.columns):
             first, value = j // width, columns[j % width]
             if first:
-                lanes = [I32(lane) for lane in range(first, first + self.lanes)]
-                places = ir.Constant(ir.VectorType(I32, self.lanes), lanes)
-                value = b.shuffle_vector(value, following[j % width], places)
+                places = list(range(first, first + self.lanes))
+                value = self.shuffle(value, following[j % width], places)
             total = self.combine(total, b.select(self.mask(masks), value, outside))
             masks = b.add(masks, step)
         return total
@@ -237,13 +229,6 @@ class Mean(Writer):
 
     def sum_of(self, value: ir.Value) -> ir.Value:
         """Add the lanes of a vector."""
-        b = self.builder
         while value.type.count > 1:
-            half = value.type.count // 2
-            kind = ir.VectorType(I32, half)
-            low, high = (
-                b.shuffle_vector(value, value, ir.Constant(kind, list(range(first, first + half))))
-                for first in (0, half)
-            )
-            value = b.fadd(low, high)
-        return b.extract_element(value, I32(0))
+            value = self.builder.fadd(*self.halves(value))
+        return self.builder.extract_element(value, I32(0))

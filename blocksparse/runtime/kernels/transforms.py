@@ -13,7 +13,7 @@ from collections.abc import Callable
 from llvmlite import ir
 
 from .winograd_matrices import FILTERINGS, Filtering
-from .writer import F32, FLOAT_BYTES, I32, I64, Writer
+from .writer import F32, FLOAT_BYTES, I64, Writer
 
 
 class Transform(Writer):
@@ -98,27 +98,6 @@ class Transform(Writer):
         merged.add_incoming(value, start)
         merged.add_incoming(added, end)
         return merged
-
-    def shuffle(self, a: ir.Value, b: ir.Value, places: list[int]) -> ir.Value:
-        """Gather lanes of two vectors."""
-        mask = ir.Constant(ir.VectorType(I32, len(places)), [I32(place) for place in places])
-        return self.builder.shuffle_vector(a, b, mask)
-
-    def apart(self, vectors: list[ir.Value]) -> list[ir.Value]:
-        """Two or four vectors of pixels to as many columns of tiles as wide."""
-        lanes, half = self.lanes, self.lanes // 2
-        if len(vectors) == 2:
-            a, b = vectors
-            return [self.shuffle(a, b, list(range(c, 2 * lanes, 2))) for c in (0, 1)]
-        columns = []
-        for first in (0, 2):
-            places = [4 * i + c for c in (first, first + 1) for i in range(half)]
-            low = self.shuffle(vectors[0], vectors[1], places)
-            high = self.shuffle(vectors[2], vectors[3], places)
-            for c in (0, half):
-                take = [*range(c, c + half), *range(lanes + c, lanes + c + half)]
-                columns.append(self.shuffle(low, high, take))
-        return columns
 
     def together(self, columns: list[ir.Value]) -> list[ir.Value]:
         """Two or four columns of tiles as wide to as many vectors of pixels."""

@@ -223,10 +223,7 @@ class Writer(Function):
     def _store_halves(self, value: ir.Value, address: ir.Value, word: ir.Value) -> None:
         """Write lanes by halves, quarters and so on, each if the mask has all of it."""
         b, half = self.builder, value.type.count // 2
-        low, high = (
-            b.shuffle_vector(value, value, ir.Constant(ir.VectorType(I32, half), list(lanes)))
-            for lanes in (range(half), range(half, 2 * half))
-        )
+        low, high = self.halves(value)
         whole = b.trunc(b.lshr(word, word.type(half - 1)), ir.IntType(1))
         with b.if_then(whole):
             self.store(low, address)
@@ -243,6 +240,34 @@ class Writer(Function):
         kind = ir.FunctionType(ir.VoidType(), [self.vector, pointer.type, I32, mask.type])
         function = module.globals.get(name) or ir.Function(module, kind, name=name)
         b.call(function, [value, pointer, I32(FLOAT_BYTES), mask])
+
+    def shuffle(self, a: ir.Value, b: ir.Value, places: list[int]) -> ir.Value:
+        """Gather lanes of two vectors."""
+        mask = ir.Constant(ir.VectorType(I32, len(places)), [I32(place) for place in places])
+        return self.builder.shuffle_vector(a, b, mask)
+
+    def halves(self, value: ir.Value) -> list[ir.Value]:
+        """Return the lower and the upper lanes of a vector."""
+        half = value.type.count // 2
+        return [self.shuffle(value, value, list(range(c, c + half))) for c in (0, half)]
+
+    def apart(self, vectors: list[ir.Value]) -> list[ir.Value]:
+        """Shuffle one, two or four vectors of pixels into every first, second or fourth."""
+        lanes, half = self.lanes, self.lanes // 2
+        if len(vectors) == 1:
+            return vectors
+        if len(vectors) == 2:
+            a, b = vectors
+            return [self.shuffle(a, b, list(range(c, 2 * lanes, 2))) for c in (0, 1)]
+        columns = []
+        for first in (0, 2):
+            places = [4 * i + c for c in (first, first + 1) for i in range(half)]
+            low = self.shuffle(vectors[0], vectors[1], places)
+            high = self.shuffle(vectors[2], vectors[3], places)
+            for c in (0, half):
+                take = [*range(c, c + half), *range(lanes + c, lanes + c + half)]
+                columns.append(self.shuffle(low, high, take))
+        return columns
 
     def nm_index(self, bit: ir.Value) -> ir.Value:
         """Read the packed index that starts at a bit of ``indices``."""
