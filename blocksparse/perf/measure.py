@@ -288,19 +288,19 @@ class _Run:
         threads = len(self.arguments)
         together, done = threading.Barrier(threads), threading.Semaphore(0)
 
-        def drive(row: list[int]) -> None:
+        def drive(thread: int) -> None:
             together.wait()
-            self.kernel(*row)
+            self.kernel(*self.arguments[thread].tolist())
             done.release()
 
-        def help_drive(row: list[int]) -> None:
+        def help_drive(thread: int) -> None:
             with suppress(threading.BrokenBarrierError):  # the caller gave up
-                drive(row)
+                drive(thread)
 
-        first, *others = self.arguments.tolist()
         try:
-            self.helpers.start(help_drive, [(row,) for row in others])
-            drive(first)
+            if threads > 1:
+                self.helpers.start(help_drive, threads - 1)
+            drive(0)
             for _ in range(threads):
                 done.acquire()
         except BaseException:  # such as Ctrl-C: nobody may wait for this thread any more

@@ -1,7 +1,8 @@
-"""What one call writes to: outputs, values, counters, scratch memory."""
+"""What one call writes to: values, counters, scratch memory."""
 
 from __future__ import annotations
 
+import math
 from array import array
 
 import numpy as np
@@ -11,6 +12,12 @@ from .kernels import call_record as c
 from .plan import Plan
 
 _CACHE_LINE = 64
+
+_DATA = object.__basicsize__
+"""Where in an array object NumPy keeps the address of its numbers: the first field behind Python's,
+by the C interface that every extension is compiled against. In the middle of a large network, when
+nothing of Python is in the caches, `ndarray.ctypes` takes 50 microseconds to tell it.
+"""
 
 
 class CallMemory:
@@ -29,29 +36,38 @@ class CallMemory:
         counters = np.zeros(size + _CACHE_LINE // 8, np.int64)
         skip = -counters.ctypes.data % _CACHE_LINE // 8
         self.values, self.counters = values, counters[skip : skip + size]
-        self.output = np.empty(plan.outputs, np.float32)
-        self.calls = 0
-        # written once but for a few fields: looking up an address takes a microsecond, and far
-        # more in the middle of a large network, when nothing of Python is in the caches
+        self._number = 1
+        self.counters[0] = self._number << 32
         self._record = array("q", [0] * c.FIELDS)
         for at, given in (
             (c.STEPS_AT, plan.records), (c.TABLES_AT, plan.integers),
-            (c.MEMORY_AT, values), (c.OUTPUT_AT, self.output),
+            (c.MEMORY_AT, values),
         ):  # fmt: skip
             self._record[at], self._record[at + 1] = given.ctypes.data, given.size
-        self._record[c.STEPS], self._record[c.BATCH] = len(plan.records), len(self.output)
+        self._record[c.STEPS], self._record[c.BATCH] = len(plan.records), plan.inputs[0]
+        self._record[c.INPUT_SIZE] = math.prod(plan.inputs)
+        self._record[c.OUTPUT_SIZE] = math.prod(plan.outputs)
         self._record[c.COUNTERS_AT] = self.counters.ctypes.data
 
     def call(
-        self, images: npt.NDArray[np.float32], times: list[npt.NDArray[np.int64]]
+        self,
+        images: npt.NDArray[np.float32],
+        output: npt.NDArray[np.float32],
+        threads: int,
+        times: list[npt.NDArray[np.int64]] | None = None,
     ) -> tuple[array[int], int]:
-        """Zero the counters, let helpers in, and write what the threads are given.
+        """Write what the threads of the next call are given.
+
+        Every call returned from here has to be run to its end before the next one: `program.run`
+        clears the counters for it.
 
         Parameters
         ----------
-        images : ndarray of float32
-            Contiguous, as many as the plan is for.
-        times : list of ndarray of int64
+        images, output : ndarray of float32
+            Contiguous, of the plan's shapes; they have to live until the call is over.
+        threads : int
+            How many there are, the caller's included.
+        times : list of ndarray of int64, optional
             What each thread notes its times in, see `trace.blank_times`.
 
         Returns
@@ -61,17 +77,19 @@ class CallMemory:
         number : int
             Of the call. Both this memory and the record live as long as any thread may read them.
         """
-        self.scratch(len(times) - 1)
-        record = self._record
-        record[c.INPUT_AT], record[c.INPUT_SIZE] = images.ctypes.data, images.size
-        record[c.THREADS], record[c.TIMES_ROWS] = len(times), len(times[0])
-        if len(times[0]):
+        if len(self._scratch) < threads:
+            self.scratch(threads - 1)
+        record, number = self._record, self._number
+        record[c.INPUT_AT_AT] = id(images) + _DATA
+        record[c.OUTPUT_AT_AT] = id(output) + _DATA
+        record[c.THREADS] = threads
+        record[c.TIMES_ROWS] = 0
+        if times is not None:
+            record[c.TIMES_ROWS] = len(times[0])
             for thread, own in enumerate(times):
                 record[c.FIELDS + thread * c.OWN_FIELDS + c.TIMES_AT] = own.ctypes.data
-        self.calls = (self.calls + 1) % 2**31
-        self.counters[1:] = 0
-        self.counters[0] = self.calls << 32
-        return record, self.calls
+        self._number = (number + 1) % c.NUMBERS
+        return record, number
 
     def scratch(self, thread: int) -> int:
         """Address of the scratch memory of a thread."""

@@ -24,7 +24,7 @@ from .locks import Lock
 from .plan import Plan, bind
 from .step import Step, Steps
 from .steps import Packs, lower
-from .trace import CLOCK, UNTIMED, Trace, blank_times, trace
+from .trace import CLOCK, Trace, blank_times, trace
 
 PLANS = 4
 """Plans kept ready, by batch size; the one used longest ago is dropped."""
@@ -45,7 +45,8 @@ _log = logging.getLogger(__name__)
 class _Ready:
     """A plan with the memories that are not in use."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, key: tuple[int, bool], plan: Plan) -> None:
+        self.key = key
         self.plan = plan
         self.free: list[CallMemory] = []
 
@@ -69,6 +70,7 @@ class CompiledEngine:
         # how many images it has
         self._steps: Steps | None = None if self.algorithms.open else self._lowered({})
         self._ready: OrderedDict[tuple[int, bool], _Ready] = OrderedDict()
+        self._recent: _Ready | None = None  # the one used last
         self._lock = Lock()
         self._binding = Lock()
         self._helpers = Helpers()
@@ -121,7 +123,7 @@ class CompiledEngine:
         -------
         ndarray of float32, shape (N, classes)
         """
-        return self._run(x, threads, [UNTIMED] * threads)
+        return self._run(x, threads, None)
 
     def timed_run(
         self, x: npt.NDArray[np.float32], threads: int
@@ -141,35 +143,42 @@ class CompiledEngine:
         return output, trace(self.steps.steps, plan.origins, times)
 
     def _run(
-        self, x: npt.NDArray[np.float32], threads: int, times: list[npt.NDArray[np.int64]]
+        self,
+        x: npt.NDArray[np.float32],
+        threads: int,
+        times: list[npt.NDArray[np.int64]] | None,
     ) -> npt.NDArray[np.float32]:
+        # What Python does here and below takes 20 to 50 times as long between two runs of a large
+        # network, which leave nothing of it in the caches, as again and again
         ready = self._plan(len(x), threads)
-        with self._lock:
-            memory = ready.free.pop() if ready.free else None
-        memory = memory or CallMemory(ready.plan)
-        output = self._execute(memory, x, times)
-        with self._lock:
-            ready.free.append(memory)
+        try:
+            memory = ready.free.pop()
+        except IndexError:  # other calls have them
+            memory = CallMemory(ready.plan)
+        output = self._execute(memory, x, threads, times)
+        ready.free.append(memory)
         return output
 
     def _execute(
         self,
         memory: CallMemory,
         x: npt.NDArray[np.float32],
-        times: list[npt.NDArray[np.int64]],
+        threads: int,
+        times: list[npt.NDArray[np.int64]] | None,
     ) -> npt.NDArray[np.float32]:
-        """Run the plan of a memory, one thread for each of `times`."""
+        """Run the plan of a memory; threads note their times, where there is a place for them."""
         images = np.ascontiguousarray(x)
-        record, number = memory.call(images, times)
+        output = np.empty(memory.plan.outputs, np.float32)
+        record, number = memory.call(images, output, threads, times)
         at, _ = record.buffer_info()
-        kept = (memory, record, images, times)
-        helpers = range(1, len(times))
-        self._helpers.start(self._help, [(kept, at, thread, number) for thread in helpers])
+        if threads > 1:
+            kept = (memory, record, images, output, times)
+            self._helpers.start(self._help, threads - 1, at, number, kept)
         if self._loops(at, 0, number) != 0:
             raise RuntimeError("the compiled loops stopped at an error: this is a defect of them")
-        return memory.output.copy()
+        return output
 
-    def _help(self, kept: tuple[object, ...], at: int, thread: int, number: int) -> None:
+    def _help(self, thread: int, at: int, number: int, kept: tuple[object, ...]) -> None:
         """Run the program as a helper; `kept` is what it reads, if the caller was interrupted."""
         self._loops(at, thread, number)
 
@@ -177,10 +186,14 @@ class CompiledEngine:
         """Drop plans and the memory of calls, end the helper threads; packed weights stay."""
         with self._lock:
             self._ready.clear()
+            self._recent = None
         self._helpers.close()
 
     def _plan(self, batch: int, threads: int) -> _Ready:
         key = (batch, in_halves(batch, threads))
+        ready = self._recent
+        if ready is not None and ready.key == key:
+            return ready
         ready = self._look_up(key)
         if ready is None:
             with self._binding:  # one plan at a time; calls whose plan is ready go on meanwhile
@@ -188,11 +201,12 @@ class CompiledEngine:
                 if ready is None:
                     if self._steps is None:
                         self._steps = self._measured(batch, threads)
-                    ready = _Ready(self._bound(self._steps, batch, threads))
+                    ready = _Ready(key, self._bound(self._steps, batch, threads))
                     with self._lock:
                         self._ready[key] = ready
                         while len(self._ready) > PLANS:
                             self._ready.popitem(last=False)
+        self._recent = ready
         return ready
 
     def _measured(self, batch: int, threads: int) -> Steps:
@@ -213,7 +227,7 @@ class CompiledEngine:
             while len(taken[-1]) <= ROUNDS or time.monotonic() < end:
                 for (steps, memory), rounds in zip(trials, taken, strict=True):
                     times = blank_times(len(memory.plan.records), threads)
-                    self._execute(memory, x, times)
+                    self._execute(memory, x, threads, times)
                     rounds.append(trace(steps.steps, memory.plan.origins, times).by_node())
             self.algorithms.settle(
                 {

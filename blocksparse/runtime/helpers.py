@@ -12,7 +12,7 @@ from typing import Any
 
 from .locks import Lock
 
-_Call = tuple[Callable[..., None], tuple[Any, ...]]
+_Call = tuple[Callable[..., None], int, tuple[Any, ...]]
 
 
 class Helpers:
@@ -33,23 +33,23 @@ class Helpers:
         self._end = weakref.finalize(self, _end, self._queue, self._threads)
         self._end.atexit = False
 
-    def start(self, work: Callable[..., None], calls: list[tuple[Any, ...]]) -> None:
+    def start(self, work: Callable[..., None], count: int, *arguments: Any) -> None:
         """Let threads do `work`; nobody waits for them, and some may start late.
 
         Parameters
         ----------
         work : callable
-            Called once by each thread; must not raise.
-        calls : list of tuple
-            Its arguments, for each thread besides the caller's.
+            Called with the number of the thread, from 1, and the arguments; must not raise.
+        count : int
+            Threads besides the caller's, at least 1.
+        arguments
+            The same for all.
         """
-        if not calls:
-            return
         with self._lock:
             if self._process != os.getpid():  # threads do not survive a fork
                 self._end.detach()
                 self._reset()
-            while len(self._threads) < len(calls):
+            while len(self._threads) < count:
                 name = f"blocksparse-{len(self._threads)}"
                 # daemons: a process may end while they wait for work
                 thread = threading.Thread(
@@ -58,8 +58,8 @@ class Helpers:
                 thread.start()
                 self._threads.append(thread)
             self._keep_off(_core())
-            for arguments in calls:
-                self._queue.put((work, arguments))
+            for number in range(1, count + 1):
+                self._queue.put((work, number, arguments))
 
     def close(self) -> None:
         """End the threads; the next call of `start` makes new ones."""
@@ -98,8 +98,8 @@ def _end(calls: queue.SimpleQueue[_Call | None], threads: list[threading.Thread]
 
 def _serve(calls: queue.SimpleQueue[_Call | None]) -> None:
     while (call := calls.get()) is not None:
-        work, arguments = call
-        work(*arguments)
+        work, number, arguments = call
+        work(number, *arguments)
         # while this thread waits, it must not keep alive what it worked on
         del call, work, arguments
 

@@ -14,6 +14,8 @@ from blocksparse.runtime import reference
 from blocksparse.runtime.explain import Explanation, LayerChoice
 from blocksparse.runtime.limits import usable_cores
 
+_FLOAT32 = np.dtype(np.float32)
+
 _log = logging.getLogger(__name__)
 
 EngineName = Literal["auto", "compiled", "reference"]
@@ -88,6 +90,7 @@ class Network:
         self.model = model
         self.engine = engine
         self.threads = threads
+        self._input_shape = model.input_shape  # looked up once, not in every call
 
     @property
     def threads(self) -> int:
@@ -128,14 +131,14 @@ class Network:
             Where shape or dtype is another, with the expected and the given one.
         """
         x = np.asarray(x)
-        if x.shape[1:] != self.input_shape or x.ndim != len(self.input_shape) + 1:
+        if x.shape[1:] != self._input_shape:
             wanted = ", ".join(map(str, self.input_shape))
             raise ValueError(f"input must have shape (N, {wanted}), has {x.shape}")
-        if x.dtype != np.float32:
+        if x.dtype != _FLOAT32:
             raise ValueError(f"input must be float32, is {x.dtype}; use x.astype(np.float32)")
         if len(x) == 0:
             return np.empty((0, *self.output_shape), np.float32)
-        return self.engine.run(x, self.threads)
+        return self.engine.run(x, self._threads)
 
     def warmup(self, batch: int = 1) -> None:
         """Do now what the first call with `batch` images would do once."""

@@ -61,8 +61,8 @@ class Plan:
         Size of the memory that holds all values.
     scratch : int
         Bytes of scratch memory that every thread needs.
-    outputs : tuple of int
-        Shape of what comes out, (N, classes).
+    inputs, outputs : tuple of int
+        Shape of what comes in, (N, C, H, W), and out, (N, classes).
     kept : list of ndarray
         Arrays whose addresses stand in the records; they must live as long as the plan.
     """
@@ -72,6 +72,7 @@ class Plan:
     integers: npt.NDArray[np.int64]
     floats: int
     scratch: int
+    inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     kept: list[npt.NDArray]
 
@@ -139,10 +140,13 @@ class _Binding:
             record[records.JOINED] = step.joined
             fill[step.op](record, step)
         integers = self.tables.joined()
-        outputs = (self.batch, *self.model.output_shape)
-        kept = self.tables.kept
         origins = np.array(self.steps.origins or range(len(table)), np.int64)
-        return Plan(table, origins, integers, self.floats, self.scratch, outputs, kept)
+        return Plan(
+            table, origins, integers, self.floats, self.scratch,
+            inputs=(self.batch, *self.model.input_shape),
+            outputs=(self.batch, *self.model.output_shape),
+            kept=self.tables.kept,
+        )  # fmt: skip
 
     def _layout(self, name: str) -> Layout:
         place, shape = self.steps.places[name], self.steps.shapes[name]

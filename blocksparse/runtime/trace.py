@@ -60,7 +60,3 @@ def trace(
     busy = np.where(came[:, 1:], np.maximum(busy, 0), 0)
     of_step = origins == np.arange(len(steps))[:, None]
     return Trace(steps, of_step @ np.diff(ends), busy @ of_step.T)
-
-
-UNTIMED = np.zeros((0, 2), np.int64)
-"""Where nothing is to be noted."""

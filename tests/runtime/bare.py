@@ -70,13 +70,13 @@ def forced(model, way, lanes=None):
 
 def shuffled(call, expected, seeds=(0, 1)):
     """Compute the items of a helper's call in random orders, over memory full of NaN."""
-    (memory, record, *_), at, _, _ = call
+    _, at, _, (memory, record, _, output, _) = call
     scratch_at = record[c.FIELDS + c.OWN_FIELDS + c.SCRATCH_AT]
     kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * 5)
     for seed in seeds:
         rng = np.random.default_rng(seed)
         memory.values[:] = np.nan
-        memory.output[:] = np.nan
+        output[:] = np.nan
         steps = memory.plan.records
         at_once: list[tuple[int, int]] = []
         for s, step in enumerate(steps):
@@ -87,7 +87,7 @@ def shuffled(call, expected, seeds=(0, 1)):
                 compute = kind(int(steps[n, records.COMPUTE]))
                 assert compute(at, steps[n].ctypes.data, item, scratch_at, n) == 0
             at_once = []
-        np.testing.assert_array_equal(memory.output, expected)
+        np.testing.assert_array_equal(output, expected)
 
 
 def run_over(engine, x, fill, threads=1):

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from bare import engine_of, run_over, shuffled
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import POOL, Builder, randoms
 from test_runtime_program import Helpers
@@ -150,6 +150,8 @@ def test_halves_compute_what_the_whole_does(lanes, network, threads):
     if not any(adds_otherwise(plan) for plan in (in_whole, in_halves)):
         np.testing.assert_array_equal(output, whole)
     expected = reference.run(model, x)
+    # a max pool's window may see padding alone, through dilation: then there are infinities
+    assume(np.isfinite(expected).all())
     # a feature map, not logits: a sum may be clamped, and its roundings are as large as its terms
     allowed = 20 * tolerance(model, float(np.abs(expected).max()))
     np.testing.assert_allclose(output, expected, rtol=0, atol=allowed)
@@ -175,7 +177,7 @@ def test_any_number_of_threads_and_any_order_of_items(monkeypatch, least, thread
     again = engine.run(x, 2)
     engine._helpers = Helpers()  # who never come
     np.testing.assert_array_equal(engine.run(x, threads), again)
-    shuffled((engine._helpers.calls[0][0], *engine._helpers.calls[0][1:]), again)
+    shuffled(engine._helpers.calls[0], again)
 
 
 def test_nobody_waits_for_a_helper_that_never_comes():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
+from functools import partial
 from threading import Thread
 
 import numpy as np
@@ -21,10 +23,10 @@ class Helpers:
     def __init__(self, act=lambda work, calls: None):
         self.act, self.calls = act, []
 
-    def start(self, work, calls):
+    def start(self, work, count, *arguments):
         """Take the calls of all threads but the caller's."""
-        self.calls = calls
-        self.act(work, calls)
+        self.calls = [(thread, *arguments) for thread in range(1, count + 1)]
+        self.act(work, self.calls)
 
     def close(self):
         """Nothing is held."""
@@ -53,32 +55,59 @@ def engine(network):
     engine._helpers = kept
 
 
-def counters(engine, batch):
-    """Counters after a run, one row per step: a line of its own for every count."""
-    (memory,) = engine._ready[batch, False].free
-    return memory.counters[c.GATE :].reshape(-1, 1 + c.QUEUES, c.LINE)
+class Watch:
+    """Notes the items of all steps in the order in which they are computed."""
 
+    def __init__(self, engine, batch):
+        (self.memory,) = engine._ready[batch, False].free
+        self.steps = self.memory.plan.records
+        self.items = []
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * 5)
+        self.computes = self.steps[:, records.COMPUTE].copy()
+        self.kept = [kind(partial(self.compute, kind(int(at)))) for at in self.computes]
 
-def assert_every_item_once(engine, batch, queues):
-    """Items that finished, and items taken from each queue, at least those it holds."""
-    items = engine._ready[batch, False].plan.records[:, records.ITEMS]
-    counts = counters(engine, batch)
-    assert not counts[:, :, 1:].any(), "nothing but counters in their lines"
-    counts = counts[:, :, 0]
-    np.testing.assert_array_equal(counts[:, 0], items)
-    for queue in range(c.QUEUES):
-        held = items * (queue + 1) // queues - items * queue // queues if queue < queues else 0
-        assert (counts[:, 1 + queue] >= held).all()
-        assert queue < queues or not counts[:, 1 + queue].any()
+    def compute(self, real, record, step, item, scratch, number):
+        self.items.append((number, item))
+        return real(record, step, item, scratch, number)
+
+    def __enter__(self):
+        self.steps[:, records.COMPUTE] = [
+            ctypes.cast(compute, ctypes.c_void_p).value for compute in self.kept
+        ]
+        return self
+
+    def __exit__(self, *error):
+        self.steps[:, records.COMPUTE] = self.computes
+        if error[0] is None:
+            self.assert_every_item_once()
+
+    def assert_every_item_once(self):
+        counts = self.steps[:, records.ITEMS].tolist()
+        assert sorted(self.items) == [
+            (s, k) for s, count in enumerate(counts) for k in range(count)
+        ]
+        assert not self.memory.counters[1:].any(), "cleared for the next call"
+        assert not self.memory.counters[0] & (2 * c.SHUT - 1), "its gate is open"
+
+    def assert_order(self, thread, queues):
+        """One thread alone empties its own queue, then the next, in every step."""
+        expected = []
+        for s, count in enumerate(self.steps[:, records.ITEMS].tolist()):
+            for turn in range(queues):
+                queue = (thread + turn) % queues
+                held = range(count * queue // queues, count * (queue + 1) // queues)
+                expected += [(s, item) for item in held]
+        assert self.items == expected
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7, 8, 9, 20])
 def test_helpers_that_never_come_leave_their_queues_to_the_caller(network, engine, threads):
     _, images, expected = network
     engine._helpers = Helpers()
-    np.testing.assert_array_equal(engine.run(images, threads), expected)
+    with Watch(engine, len(images)) as watch:
+        np.testing.assert_array_equal(engine.run(images, threads), expected)
     assert len(engine._helpers.calls) == threads - 1
-    assert_every_item_once(engine, len(images), min(threads, c.QUEUES))
+    watch.assert_order(0, min(threads, c.QUEUES))
 
 
 @pytest.mark.parametrize("threads", [2, 5, 9, 20])
@@ -87,8 +116,9 @@ def test_a_helper_alone_does_everything(network, engine, threads):
     _, images, expected = network
     for lonely in range(threads - 1):
         engine._helpers = Helpers(lambda work, calls, k=lonely: work(*calls[k]))
-        np.testing.assert_array_equal(engine.run(images, threads), expected)
-        assert_every_item_once(engine, len(images), min(threads, c.QUEUES))
+        with Watch(engine, len(images)) as watch:
+            np.testing.assert_array_equal(engine.run(images, threads), expected)
+        watch.assert_order(lonely + 1, min(threads, c.QUEUES))
 
 
 def test_helpers_of_a_call_that_is_over_leave_the_next_one_alone(network, engine):
@@ -99,11 +129,10 @@ def test_helpers_of_a_call_that_is_over_leave_the_next_one_alone(network, engine
     returned = engine.run(images, 3)
     late = engine._helpers.calls
     engine._helpers = Helpers(lambda work, calls: [work(*arguments) for arguments in late])
-    np.testing.assert_array_equal(engine.run(others, 3), expected)
+    with Watch(engine, len(images)) as watch:
+        np.testing.assert_array_equal(engine.run(others, 3), expected)
+    watch.assert_order(0, 3)
     np.testing.assert_array_equal(returned, answer, "what was returned before stays")
-    assert_every_item_once(engine, len(images), 3)
-    (memory,) = engine._ready[len(images), False].free
-    assert memory.counters[0] & (c.SHUT - 1) == 0, "nobody entered"
 
 
 def test_late_helpers_meet_a_finished_program(network, engine):
@@ -120,19 +149,19 @@ def test_late_helpers_meet_a_finished_program(network, engine):
             late[-1].start()
 
     engine._helpers = Helpers(act)
-    got = engine.run(images, 12)
-    for thread in late:
-        thread.join()
+    with Watch(engine, len(images)):
+        got = engine.run(images, 12)
+        for thread in late:
+            thread.join()
     np.testing.assert_array_equal(got, expected)
-    assert_every_item_once(engine, len(images), c.QUEUES)
 
 
 @pytest.mark.parametrize("threads", [2, 3, 9, 17])
 def test_more_threads_than_cores_and_queues(network, threads):
     engine, images, expected = network
     for _ in range(3):
-        np.testing.assert_array_equal(engine.run(images, threads), expected)
-    assert_every_item_once(engine, len(images), min(threads, c.QUEUES))
+        with Watch(engine, len(images)):
+            np.testing.assert_array_equal(engine.run(images, threads), expected)
 
 
 def test_counters_are_as_many_as_the_plan_says(network):

@@ -7,8 +7,8 @@ STEPS_AT, STEPS = 0, 1  # the program
 TABLES_AT, TABLES_SIZE = 2, 3  # int64: row tiles, part boundaries, phase shifts
 MEMORY_AT, MEMORY_SIZE = 4, 5  # float32: all values
 COUNTERS_AT = 6
-INPUT_AT, INPUT_SIZE = 7, 8  # float32, contiguous
-OUTPUT_AT, OUTPUT_SIZE = 9, 10
+INPUT_AT_AT, INPUT_SIZE = 7, 8  # where the address of the input stands; float32, contiguous
+OUTPUT_AT_AT, OUTPUT_SIZE = 9, 10  # the same for the output
 BATCH, THREADS = 11, 12
 TIMES_ROWS = 13  # of what each thread notes; 0: nothing
 FIELDS = 14
@@ -30,6 +30,9 @@ GATE = 2 * LINE
 
 SHUT = 1 << 31
 """Bit of the gate. Below it, the helpers that entered; above it, the number of the call."""
+
+NUMBERS = 1 << 31
+"""Calls have numbers below this one, and begin again."""
 
 COUNTER_STRIDE = LINE * (1 + QUEUES)
 """int64 counters of one step: finished items, then the items taken from every queue."""

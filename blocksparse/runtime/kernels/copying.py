@@ -18,9 +18,9 @@ def copy_item(call_at: int, step_at: int, item: int, scratch_at: int, tag: int) 
     target = source
     ends = integers_at(call_at, c.FIELDS)
     if step[r.OP] == r.LOAD:
-        source = floats_at(ends[c.INPUT_AT], ends[c.INPUT_SIZE])
+        source = floats_at(integers_at(ends[c.INPUT_AT_AT], 1)[0], ends[c.INPUT_SIZE])
     if step[r.OP] == r.STORE:
-        target = floats_at(ends[c.OUTPUT_AT], ends[c.OUTPUT_SIZE])
+        target = floats_at(integers_at(ends[c.OUTPUT_AT_AT], 1)[0], ends[c.OUTPUT_SIZE])
     a, b = view(step, r.SOURCE), view(step, r.TARGET)
     planes = step[r.PLANES]
     start, stop, first, last = span(step, item, b.channels, batch * b.height)

@@ -21,6 +21,8 @@ helps with the other only where much of it is left, and with the rest only after
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import call_record as c
 from . import records as r
 from .intrinsics import (
@@ -117,8 +119,24 @@ def run(record_at: int, thread: int, number: int) -> None:
     else:
         entered = fetch_add(gate, c.SHUT) & (c.SHUT - 1)
         wait(left, entered)  # they are past their last item
-        if load_acquire(left + 8) != 0:
+        failed = load_acquire(left + 8) != 0
+        _clear(call, queues)
+        # whoever comes late for this call finds the gate of the next one
+        store(gate, (number + 1) % c.NUMBERS << 32)
+        if failed:
             raise RuntimeError
+
+
+@loop
+def _clear(call: Any, queues: int) -> None:
+    """Zero what a call has counted, while it is in near caches; Python took 40 microseconds."""
+    left = call[c.COUNTERS_AT] + 8 * c.LINE
+    store(left, 0)
+    store(left + 8, 0)
+    for s in range(call[c.STEPS]):
+        finished = call[c.COUNTERS_AT] + 8 * (c.GATE + c.COUNTER_STRIDE * s)
+        for line in range(1 + queues):
+            store(finished + 8 * c.LINE * line, 0)
 
 
 @loop
