@@ -18,6 +18,9 @@ from blocksparse.format import Graph, Model, Node, Preprocessing, ValueSpec, Wei
 from blocksparse.format.metadata import as_stored
 from blocksparse.sparsity.patterns import Pattern
 
+_TOGETHER = 2**18
+"""Weights that are looked at at once."""
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -142,6 +145,10 @@ def _round(name: str, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32
 
 def _flush(values: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], int]:
     """Zero what is below the smallest normal float32, which CPUs compute with very slowly."""
-    tiny = np.abs(values) < np.finfo(np.float32).tiny
-    count = int(np.count_nonzero(values[tiny]))
-    return (np.where(tiny, np.float32(0), values) if count else values), count
+    least = np.finfo(np.float32).tiny
+    flat = np.ascontiguousarray(values).reshape(-1)
+    count = 0
+    for first in range(0, flat.size, _TOGETHER):  # so that no other array has to be in memory
+        part = flat[first : first + _TOGETHER]
+        count += int(np.count_nonzero((np.abs(part) < least) & (part != 0)))
+    return (np.where(np.abs(values) < least, np.float32(0), values) if count else values), count

@@ -26,6 +26,9 @@ from torch import Tensor
 
 from blocksparse.sparsity.scores import Score
 
+_TOGETHER = 2**18
+"""Weights whose terms are in memory at a time: they are float64, 0.8 GB of a layer of VGG-16."""
+
 
 @dataclass(frozen=True)
 class Units:
@@ -136,14 +139,10 @@ class Block(Pattern):
         shape = tuple(weight.shape)
         outs, ins, taps = _folded(shape)
         block_rows, block_cols, positions = self.grid(shape)
-        terms = score.terms(weight).reshape(outs, ins, taps)
-        size = self.sizes(shape).to(terms.device)
-        # Padding adds zeros to the sums and nothing to the sizes.
-        pad = (0, 0, 0, block_cols * self.cols - ins, 0, block_rows * self.rows - outs)
-        if any(pad):  # else it would only copy
-            terms = torch.nn.functional.pad(terms, pad)
-        tiles = terms.reshape(block_rows, self.rows, block_cols, self.cols, taps)
-        total = tiles.sum((1, 3, 4) if self.shared else (1, 3)).reshape(-1)
+        together = self.rows * max(1, _TOGETHER // (self.rows * ins * taps))
+        parts = weight.split(together)
+        total = torch.cat([self._sums(score.terms(p).reshape(-1, ins, taps)) for p in parts])
+        size = self.sizes(shape).to(total.device)
 
         def mask(keep: Tensor) -> Tensor:
             blocks = keep.reshape(block_rows, block_cols, positions)
@@ -152,6 +151,17 @@ class Block(Pattern):
             return full.expand(outs, ins, taps).reshape(shape)
 
         return Units(score.root(total, size), size, mask)
+
+    def _sums(self, terms: Tensor) -> Tensor:
+        """Add up the terms of each block, [K, C, T] to [U]."""
+        outs, ins, taps = terms.shape
+        block_rows, block_cols, _ = self.grid((outs, ins, taps))
+        # Padding adds zeros to the sums and nothing to the sizes.
+        pad = (0, 0, 0, block_cols * self.cols - ins, 0, block_rows * self.rows - outs)
+        if any(pad):  # else it would only copy
+            terms = torch.nn.functional.pad(terms, pad)
+        tiles = terms.reshape(block_rows, self.rows, block_cols, self.cols, taps)
+        return tiles.sum((1, 3, 4) if self.shared else (1, 3)).reshape(-1)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from blocksparse.sparsity import (
     l2,
     layer_mask,
     pack_mask,
+    patterns,
     plan_masks,
     resolve,
     unpack_mask,
@@ -63,10 +64,12 @@ def wanted(share, total):
     return math.ceil(round(share * total, 6))
 
 
-@given(weights(), blocks, sparsities, st.sampled_from([1, 2]))
+@given(weights(), blocks, sparsities, st.sampled_from([1, 2]), st.sampled_from([1, 30, 2**18]))
 @settings(max_examples=60, deadline=None)
-def test_block_masks_follow_the_definition(weight, pattern, sparsity, power):
-    mask = layer_mask(torch.from_numpy(weight), pattern, sparsity, SCORES[power])
+def test_block_masks_follow_the_definition(weight, pattern, sparsity, power, together):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patterns, "_TOGETHER", together)
+        mask = layer_mask(torch.from_numpy(weight), pattern, sparsity, SCORES[power])
     zeros = wanted(sparsity, weight.size)
     twin = naive.block_mask(weight, pattern.rows, pattern.cols, pattern.shared, zeros, power)
     assert mask.shape == weight.shape
