@@ -299,7 +299,7 @@ class _Run:
 
         try:
             if threads > 1:
-                self.helpers.start(help_drive, threads - 1)
+                self.helpers.start(help_drive, range(1, threads))
             drive(0)
             for _ in range(threads):
                 done.acquire()

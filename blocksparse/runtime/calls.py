@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .kernels import call_record as c
+from .locks import renew_after_fork
 from .plan import Plan
 
 _CACHE_LINE = 64
@@ -21,10 +22,19 @@ nothing of Python is in the caches, `ndarray.ctypes` takes 50 microseconds to te
 
 
 class CallMemory:
-    """What one call writes to. Calls at the same time have one each."""
+    """What one call writes to. Calls at the same time have one each.
 
-    def __init__(self, plan: Plan) -> None:
+    Parameters
+    ----------
+    plan : Plan
+        What is run.
+    pending_at : int
+        Address of `Helpers.pending`.
+    """
+
+    def __init__(self, plan: Plan, pending_at: int) -> None:
         self.plan = plan  # its records hold addresses of its arrays
+        self.given: tuple[object, ...] = ()  # what the threads of a call read
         self._scratch: list[tuple[npt.NDArray[np.float32], int]] = []
         self._scratch_bytes = plan.scratch
         # zeroed once: lanes beyond an image are computed on, and must not hold signalling garbage
@@ -48,6 +58,13 @@ class CallMemory:
         self._record[c.INPUT_SIZE] = math.prod(plan.inputs)
         self._record[c.OUTPUT_SIZE] = math.prod(plan.outputs)
         self._record[c.COUNTERS_AT] = self.counters.ctypes.data
+        self._record[c.PENDING_AT] = pending_at
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Expect no helper of the parent process any more."""
+        for thread in range(len(self._scratch)):
+            self._record[c.FIELDS + thread * c.OWN_FIELDS + c.WAITING] = 0
 
     def call(
         self,
@@ -59,12 +76,12 @@ class CallMemory:
         """Write what the threads of the next call are given.
 
         Every call returned from here has to be run to its end before the next one: `program.run`
-        clears the counters for it.
+        clears the counters for it. Then `given` may be emptied.
 
         Parameters
         ----------
         images, output : ndarray of float32
-            Contiguous, of the plan's shapes; they have to live until the call is over.
+            Contiguous, of the plan's shapes.
         threads : int
             How many there are, the caller's included.
         times : list of ndarray of int64, optional
@@ -79,6 +96,7 @@ class CallMemory:
         """
         if len(self._scratch) < threads:
             self.scratch(threads - 1)
+        self.given = images, output, times
         record, number = self._record, self._number
         record[c.INPUT_AT_AT] = id(images) + _DATA
         record[c.OUTPUT_AT_AT] = id(output) + _DATA
@@ -91,12 +109,21 @@ class CallMemory:
         self._number = (number + 1) % c.NUMBERS
         return record, number
 
+    def missing(self, threads: int) -> list[int]:
+        """Numbers of the helpers that are not here, waiting for the next call."""
+        record, first = self._record, c.FIELDS + c.WAITING
+        return [k for k in range(1, threads) if not record[first + k * c.OWN_FIELDS]]
+
     def scratch(self, thread: int) -> int:
         """Address of the scratch memory of a thread."""
         while len(self._scratch) <= thread:
             raw = np.zeros((self._scratch_bytes + _CACHE_LINE) // 4, np.float32)
             address = int(raw.ctypes.data)
             self._scratch.append((raw, address + -address % _CACHE_LINE))
-            # a new one: a late helper may still read the one that was too short
-            self._record = self._record + array("q", [self._scratch[-1][1], 0])
+            # a new one: a late helper may still read the one that was too short, and leave
+            short, own = self._record, [0] * c.OWN_FIELDS
+            own[c.SCRATCH_AT] = self._scratch[-1][1]
+            self._record = short + array("q", own)
+            short[c.THREADS] = 0
+            self.renew()
         return self._scratch[thread][1]

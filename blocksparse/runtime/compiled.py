@@ -154,7 +154,7 @@ class CompiledEngine:
         try:
             memory = ready.free.pop()
         except IndexError:  # other calls have them
-            memory = CallMemory(ready.plan)
+            memory = CallMemory(ready.plan, self._helpers.pending_at)
         output = self._execute(memory, x, threads, times)
         ready.free.append(memory)
         return output
@@ -172,10 +172,12 @@ class CompiledEngine:
         record, number = memory.call(images, output, threads, times)
         at, _ = record.buffer_info()
         if threads > 1:
-            kept = (memory, record, images, output, times)
-            self._helpers.start(self._help, threads - 1, at, number, kept)
+            missing = memory.missing(threads)
+            if missing:
+                self._helpers.start(self._help, missing, at, number, (memory, record))
         if self._loops(at, 0, number) != 0:
             raise RuntimeError("the compiled loops stopped at an error: this is a defect of them")
+        memory.given = ()
         return output
 
     def _help(self, thread: int, at: int, number: int, kept: tuple[object, ...]) -> None:
@@ -219,7 +221,8 @@ class CompiledEngine:
             trials = []
             for number in range(max(map(len, layers.values()))):
                 steps = self._lowered(packs, number)
-                trials.append((steps, CallMemory(self._bound(steps, batch, threads))))
+                plan = self._bound(steps, batch, threads)
+                trials.append((steps, CallMemory(plan, self._helpers.pending_at)))
             shape = (batch, *self.model.input_shape)
             x = np.random.default_rng(0).standard_normal(shape, np.float32)
             taken: list[list[dict[str, float]]] = [[] for _ in trials]

@@ -7,7 +7,8 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .locks import Lock
@@ -20,6 +21,7 @@ class Helpers:
 
     def __init__(self) -> None:
         self._lock = Lock()
+        self._pending = array("q", [0, 0])
         self._reset()
 
     def _reset(self) -> None:
@@ -29,19 +31,28 @@ class Helpers:
         self._threads: list[threading.Thread] = []
         self._avoided: tuple[int, int] | None = None
         self._process = os.getpid()
+        self._pending[0] = self._pending[1]
         # threads that wait for work would outlive a network that was dropped without `close`
         self._end = weakref.finalize(self, _end, self._queue, self._threads)
         self._end.atexit = False
 
-    def start(self, work: Callable[..., None], count: int, *arguments: Any) -> None:
+    @property
+    def pending_at(self) -> int:
+        """Address of two int64: threads that were asked for, and those that counted that they came.
+
+        A thread that waits inside its work may end it when the first is larger.
+        """
+        return self._pending.buffer_info()[0]
+
+    def start(self, work: Callable[..., None], numbers: Sequence[int], *arguments: Any) -> None:
         """Let threads do `work`; nobody waits for them, and some may start late.
 
         Parameters
         ----------
         work : callable
-            Called with the number of the thread, from 1, and the arguments; must not raise.
-        count : int
-            Threads besides the caller's, at least 1.
+            Called by each thread, with its number and the arguments; must not raise.
+        numbers : sequence of int
+            What the threads are called, from 1.
         arguments
             The same for all.
         """
@@ -49,7 +60,7 @@ class Helpers:
             if self._process != os.getpid():  # threads do not survive a fork
                 self._end.detach()
                 self._reset()
-            while len(self._threads) < count:
+            while len(self._threads) < max(numbers):
                 name = f"blocksparse-{len(self._threads)}"
                 # daemons: a process may end while they wait for work
                 thread = threading.Thread(
@@ -58,7 +69,8 @@ class Helpers:
                 thread.start()
                 self._threads.append(thread)
             self._keep_off(_core())
-            for number in range(1, count + 1):
+            self._pending[0] += len(numbers)
+            for number in numbers:
                 self._queue.put((work, number, arguments))
 
     def close(self) -> None:

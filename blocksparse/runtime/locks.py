@@ -1,10 +1,23 @@
-"""A lock that is open in the child of a fork, whoever held it in the parent."""
+"""What is made anew in the child of a fork: a lock that is open, whoever held it in the parent."""
 
 from __future__ import annotations
 
 import os
 import threading
 import weakref
+from typing import Protocol
+
+
+class Renewable(Protocol):
+    """What a child process must not take over from its parent as it is."""
+
+    def renew(self) -> None:
+        """Begin anew: this process is a child, and no thread but this one is in it."""
+
+
+def renew_after_fork(what: Renewable) -> None:
+    """Let `what` be renewed in every child process, as long as it lives."""
+    _renewed.add(what)
 
 
 class Lock:
@@ -15,10 +28,11 @@ class Lock:
     """
 
     def __init__(self) -> None:
-        self._renew()
-        _locks.add(self)
+        self.renew()
+        renew_after_fork(self)
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
+        """Open the lock."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> None:
@@ -28,12 +42,12 @@ class Lock:
         self._lock.release()
 
 
-_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
+_renewed: weakref.WeakSet[Renewable] = weakref.WeakSet()
 
 
 def _renew_all() -> None:
-    for lock in _locks:
-        lock._renew()
+    for what in _renewed:
+        what.renew()
 
 
 if hasattr(os, "register_at_fork"):

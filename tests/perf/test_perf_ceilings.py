@@ -244,8 +244,8 @@ def test_threads_read_parts_of_their_own_and_their_work_adds_up():
 
 def test_helpers_end_after_an_interruption_before_all_have_started():
     class Interrupted(Helpers):
-        def start(self, work, count):
-            super().start(work, count)
+        def start(self, work, numbers):
+            super().start(work, numbers)
             raise KeyboardInterrupt
 
     turn, helpers = probes.read_bytes(host()), Interrupted()

@@ -70,7 +70,7 @@ def forced(model, way, lanes=None):
 
 def shuffled(call, expected, seeds=(0, 1)):
     """Compute the items of a helper's call in random orders, over memory full of NaN."""
-    _, at, _, (memory, record, _, output, _) = call
+    _, at, _, (memory, record, (_, output, _)) = call
     scratch_at = record[c.FIELDS + c.OWN_FIELDS + c.SCRATCH_AT]
     kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * 5)
     for seed in seeds:
@@ -93,7 +93,7 @@ def shuffled(call, expected, seeds=(0, 1)):
 def run_over(engine, x, fill, threads=1):
     """Run in memory that held `fill`; return the output, the plan and the memory."""
     ready = engine._plan(len(x), threads)
-    memory = CallMemory(ready.plan)
+    memory = CallMemory(ready.plan, engine._helpers.pending_at)
     values = memory.values
     values[:] = fill
     memory._scratch_bytes += GUARD

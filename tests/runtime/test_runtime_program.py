@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from array import array
 from functools import partial
 from threading import Thread
 
@@ -20,12 +21,18 @@ from blocksparse.runtime.kernels import records
 class Helpers:
     """In place of the engine's helpers: does with their calls what a test wants."""
 
+    pending = array(
+        "q", [0, 0]
+    )  # of all: memories outlive those who were there when they were made
+    pending_at = pending.buffer_info()[0]
+
     def __init__(self, act=lambda work, calls: None):
         self.act, self.calls = act, []
 
-    def start(self, work, count, *arguments):
-        """Take the calls of all threads but the caller's."""
-        self.calls = [(thread, *arguments) for thread in range(1, count + 1)]
+    def start(self, work, numbers, at, number, kept):
+        """Take the calls of all threads but the caller's, and what the caller lets go of behind."""
+        kept = (*kept, kept[0].given)
+        self.calls = [(thread, at, number, kept) for thread in numbers]
         self.act(work, self.calls)
 
     def close(self):
@@ -86,7 +93,7 @@ class Watch:
         assert sorted(self.items) == [
             (s, k) for s, count in enumerate(counts) for k in range(count)
         ]
-        assert not self.memory.counters[1:].any(), "cleared for the next call"
+        assert not self.memory.counters[2:].any(), "cleared for the next call"
         assert not self.memory.counters[0] & (2 * c.SHUT - 1), "its gate is open"
 
     def assert_order(self, thread, queues):
@@ -156,6 +163,103 @@ def test_late_helpers_meet_a_finished_program(network, engine):
     np.testing.assert_array_equal(got, expected)
 
 
+def test_a_helper_stays_for_the_next_call(network, engine):
+    """Whoever calls again at once need not wake it; it leaves when nobody calls."""
+    images, asked, threads = randoms(3, 8, 40, 40, seed=2), [], []
+    expected = engine.run(images, 1)
+
+    def act(work, calls):
+        asked.append(len(calls))
+        threads.append(Thread(target=work, args=calls[0]))
+        threads[-1].start()
+
+    engine._helpers = Helpers(act)
+    calls = 0
+    while calls - len(asked) < 5:
+        with Watch(engine, len(images)):
+            np.testing.assert_array_equal(engine.run(images, 2), expected)
+        calls += 1
+        assert calls < 1000, "every call had to wake a helper"
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_two_who_come_as_the_same_thread(network, engine):
+    """One that waited and one that was woken: the second finds that the first is there."""
+    _, images, expected = network
+    inside = []
+
+    def act(work, calls):
+        for _ in range(2):
+            work(*calls[0])
+            memory, *_ = calls[0][3]
+            inside.append(int(memory.counters[0] & (c.SHUT - 1)))
+
+    engine._helpers = Helpers(act)
+    np.testing.assert_array_equal(engine.run(images, 2), expected)
+    assert inside == [1, 1]
+
+
+def until_all_wait(engine, x, threads):
+    """Call again and again until all helpers wait for the next call; return the memory of it."""
+    for _ in range(1000):
+        engine.run(x, threads)
+        (memory,) = engine._plan(len(x), threads).free
+        if not memory.missing(threads):
+            return memory
+    raise AssertionError("helpers never stay")
+
+
+@pytest.fixture
+def waited_for():
+    """An engine of its own, images, and what comes out with any number of threads.
+
+    Nobody tells helpers that wait of others that are asked for.
+    """
+    b, threads = Builder((8, 40, 40)), []
+    b.conv(b.conv(b.conv("x", 24), 24), 24)
+    engine, images = engine_of(b.model()), [randoms(3, 8, 40, 40, seed=seed) for seed in range(2)]
+
+    def act(work, calls):
+        threads.extend(Thread(target=work, args=arguments) for arguments in calls)
+        for thread in threads[-len(calls) :]:
+            thread.start()
+
+    engine._helpers = Helpers(act)
+    yield engine, images, engine.run(images[1], 1)
+    for thread in threads:
+        thread.join(20)
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_more_threads_while_a_helper_waits(waited_for, attempt):
+    """It waits with a record that is too short for the next call, and leaves."""
+    engine, images, expected = waited_for
+    memory = until_all_wait(engine, images[0], 2)
+    short, helpers = memory._record, engine._helpers
+    engine._helpers = Helpers()  # to start threads takes longer than it waits
+    np.testing.assert_array_equal(engine.run(images[1], 3), expected)
+    engine._helpers = helpers
+    entered = c.FIELDS + c.OWN_FIELDS + c.ENTERED
+    assert short[entered] < memory._number - 1, "it came"
+    before = memory._record[entered]
+    for _ in range(1000):
+        engine.run(images[1], 3)
+        if memory._record[entered] > before:
+            return
+    raise AssertionError("it is counted on, and is gone")
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_fewer_threads_while_helpers_wait(waited_for, attempt):
+    engine, images, expected = waited_for
+    memory = until_all_wait(engine, images[0], 3)
+    np.testing.assert_array_equal(engine.run(images[1], 2), expected)
+    entered = memory._record[c.FIELDS + 2 * c.OWN_FIELDS + c.ENTERED]
+    assert entered < memory._number - 1, "a third thread came"
+
+
 @pytest.mark.parametrize("threads", [2, 3, 9, 17])
 def test_more_threads_than_cores_and_queues(network, threads):
     engine, images, expected = network
@@ -167,7 +271,7 @@ def test_more_threads_than_cores_and_queues(network, threads):
 def test_counters_are_as_many_as_the_plan_says(network):
     engine, images, _ = network
     plan = engine._plan(len(images), 1).plan
-    memory = CallMemory(plan)
+    memory = CallMemory(plan, engine._helpers.pending_at)
     assert plan.counters == len(plan.records) * c.COUNTER_STRIDE
     assert len(memory.counters) == c.GATE + plan.counters
     assert c.GATE % c.LINE == 0
@@ -178,12 +282,12 @@ def test_counters_are_as_many_as_the_plan_says(network):
 def test_every_thread_has_scratch_memory_of_its_own(network):
     engine, images, _ = network
     plan = engine._plan(len(images), 1).plan
-    memory = CallMemory(plan)
+    memory = CallMemory(plan, engine._helpers.pending_at)
     places = [memory.scratch(thread) for thread in (2, 0, 1)]
     assert all(place % 64 == 0 for place in places)
     assert [memory.scratch(thread) for thread in (2, 0, 1)] == places
-    for array, _ in memory._scratch:
-        start, end = array.ctypes.data, array.ctypes.data + array.nbytes
+    for raw, _ in memory._scratch:
+        start, end = raw.ctypes.data, raw.ctypes.data + raw.nbytes
         (place,) = (p for p in places if start <= p < end)
         assert place + plan.scratch <= end
 

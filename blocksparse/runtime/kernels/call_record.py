@@ -11,12 +11,15 @@ INPUT_AT_AT, INPUT_SIZE = 7, 8  # where the address of the input stands; float32
 OUTPUT_AT_AT, OUTPUT_SIZE = 9, 10  # the same for the output
 BATCH, THREADS = 11, 12
 TIMES_ROWS = 13  # of what each thread notes; 0: nothing
-FIELDS = 14
+PENDING_AT = 14  # int64: helpers that were asked for so far, helpers that came
+FIELDS = 15
 
 # Behind it, for each thread
 SCRATCH_AT = 0  # memory of this thread alone
 TIMES_AT = 1  # int64, two columns
-OWN_FIELDS = 2
+WAITING = 2  # 1 while this helper waits for the next call
+ENTERED = 3  # number of the last call that somebody entered as this thread
+OWN_FIELDS = 4
 
 # The counters
 QUEUES = 8
@@ -26,7 +29,8 @@ LINE = 8
 """int64 values of a cache line; every counter has one of its own."""
 
 GATE = 2 * LINE
-"""int64 values before the counters: the gate; how many helpers have left, and if an item failed."""
+"""int64 values before the counters: the gate, and the number of the call whose caller is there; how
+many helpers have left, and if an item failed."""
 
 SHUT = 1 << 31
 """Bit of the gate. Below it, the helpers that entered; above it, the number of the call."""

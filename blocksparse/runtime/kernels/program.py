@@ -4,8 +4,9 @@ Every thread walks the same list of steps and takes work items until a step has 
 waits for the items that others are still computing. Nobody waits for a thread to arrive: a helper
 that the operating system starts late, or never, only leaves more items to the others. Helpers enter
 through a gate, which the calling thread shuts when all is done, and who comes after that leaves
-again; so a call does not wait for the operating system at its end either. An item always computes
-the same outputs in the same order, whoever takes it.
+again; so a call does not wait for the operating system at its end either. Then they wait a moment
+for the next call, which need not wake them. An item always computes the same outputs in the same
+order, whoever takes it.
 
 The items of a step are cut into one queue a thread, in order, but at most `call_record.QUEUES`,
 which more threads share; a thread empties its own queue first and then helps with the next. Items
@@ -38,8 +39,14 @@ from .intrinsics import (
 )
 from .loop import loop
 
-LINGER = 500
-"""Turns of a waiting loop that a helper takes on its way out, some ten microseconds."""
+STAY = 300_000
+"""Nanoseconds for which a helper that is done waits for the next call. To wake one takes 40
+microseconds of a call, and it comes 40 later, on a busy machine 100, for it has to be given the
+interpreter's lock. Between two calls of a large network, 100 microseconds go by in Python."""
+
+GRACE = 100_000
+"""Nanoseconds for which it still comes, after it has said that it will not: a caller that counts on
+it is on its way."""
 
 LONG = 10_000
 """Turns of a waiting loop for which the rest of the other half of a step is left to its thread."""
@@ -72,13 +79,37 @@ def run(record_at: int, thread: int, number: int) -> None:
         The call this thread is here for; the helpers of one that is over leave again.
     """
     call = integers_at(record_at, c.FIELDS)
-    gate, threads = call[c.COUNTERS_AT], call[c.THREADS]
-    if thread > 0 and not _enter(gate, number):
+    gate = call[c.COUNTERS_AT]
+    left = gate + 8 * c.LINE
+    if thread > 0:
+        fetch_add(call[c.PENDING_AT] + 8, 1)
+        while _claim(record_at, thread, number) and _enter(gate, number):
+            _walk(record_at, thread)
+            fetch_add(left, 1)
+            number = (number + 1) % c.NUMBERS
+            if not _stay(record_at, thread, number):
+                return
         return
+    fetch_add(gate + 8, number - load_acquire(gate + 8))  # to helpers that wait: here it is
+    _walk(record_at, 0)
+    entered = fetch_add(gate, c.SHUT) & (c.SHUT - 1)
+    wait(left, entered)  # they are past their last item
+    failed = load_acquire(left + 8) != 0
+    _clear(call, min(call[c.THREADS], c.QUEUES))
+    # whoever comes late for this call finds the gate of the next one
+    store(gate, (number + 1) % c.NUMBERS << 32)
+    if failed:
+        raise RuntimeError
+
+
+@loop
+def _walk(record_at: int, thread: int) -> None:
+    """Take part in all steps, and return when they are done."""
+    call = integers_at(record_at, c.FIELDS)
+    gate, threads = call[c.COUNTERS_AT], call[c.THREADS]
     own = integers_at(record_at + 8 * (c.FIELDS + thread * c.OWN_FIELDS), c.OWN_FIELDS)
     scratch_at = own[c.SCRATCH_AT]
     times = integers_at(own[c.TIMES_AT], 2 * call[c.TIMES_ROWS])
-    left = gate + 8 * c.LINE
     counters_at = gate + 8 * c.GATE
     timed = times.size > 0
     store(scratch_at, -1)  # it holds nothing of this call yet
@@ -111,20 +142,6 @@ def run(record_at: int, thread: int, number: int) -> None:
             for row in range(s, s + 1 + joined):
                 times[2 * row + 3] = now()
         s += 1 + joined
-    if thread > 0:
-        fetch_add(left, 1)
-        # Back in Python this thread takes the interpreter's lock. The caller wants it now.
-        for _ in range(LINGER):
-            pause()
-    else:
-        entered = fetch_add(gate, c.SHUT) & (c.SHUT - 1)
-        wait(left, entered)  # they are past their last item
-        failed = load_acquire(left + 8) != 0
-        _clear(call, queues)
-        # whoever comes late for this call finds the gate of the next one
-        store(gate, (number + 1) % c.NUMBERS << 32)
-        if failed:
-            raise RuntimeError
 
 
 @loop
@@ -205,6 +222,44 @@ def wait(counter: int, count: int) -> None:
         spins += 1
         if spins % PATIENCE == 0:  # the thread we wait for may want this very core
             give_way()
+
+
+@loop
+def _claim(record_at: int, thread: int, number: int) -> bool:
+    """Be this thread of a call, unless somebody else is: one who waited and one who was woken."""
+    at = record_at + 8 * (c.FIELDS + thread * c.OWN_FIELDS + c.ENTERED)
+    last = load_acquire(at)
+    return last != number and compare_exchange(at, last, number)
+
+
+@loop
+def _stay(record_at: int, thread: int, number: int) -> bool:
+    """Wait for a while until the caller of the next call is there; return whether to help it.
+
+    Whoever reads that this helper waits need not wake it. It leaves at once if one is wanted for
+    another memory.
+    """
+    call = integers_at(record_at, c.FIELDS)
+    gate, pending = call[c.COUNTERS_AT], call[c.PENDING_AT]
+    waiting = record_at + 8 * (c.FIELDS + thread * c.OWN_FIELDS + c.WAITING)
+    start = now()
+    if start == 0:  # no clock
+        return False
+    store(waiting, 1)
+    turns = 0
+    while load_acquire(gate + 8) != number:
+        pause()
+        turns += 1
+        if turns % 16 == 0:
+            give_way()
+            gone = now() - start
+            if gone > STAY:
+                store(waiting, 0)
+            if gone > STAY + GRACE or load_acquire(pending) > load_acquire(pending + 8):
+                store(waiting, 0)
+                return False
+    store(waiting, 0)
+    return thread < call[c.THREADS]
 
 
 @loop
