@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .kernels import call_record as c
+from .limits import usable_cores
 from .locks import renew_after_fork
 from .plan import Plan
 
@@ -58,7 +59,7 @@ class CallMemory:
         self._record[c.INPUT_SIZE] = math.prod(plan.inputs)
         self._record[c.OUTPUT_SIZE] = math.prod(plan.outputs)
         self._record[c.COUNTERS_AT] = self.counters.ctypes.data
-        self._record[c.PENDING_AT] = pending_at
+        self._record[c.PENDING_AT], self._record[c.CORES] = pending_at, usable_cores()
         renew_after_fork(self)
 
     def renew(self) -> None:
@@ -100,7 +101,7 @@ class CallMemory:
         record, number = self._record, self._number
         record[c.INPUT_AT_AT] = id(images) + _DATA
         record[c.OUTPUT_AT_AT] = id(output) + _DATA
-        record[c.THREADS] = threads
+        record[c.THREADS], record[c.NEXT] = threads, number
         record[c.TIMES_ROWS] = 0
         if times is not None:
             record[c.TIMES_ROWS] = len(times[0])
@@ -119,11 +120,12 @@ class CallMemory:
         while len(self._scratch) <= thread:
             raw = np.zeros((self._scratch_bytes + _CACHE_LINE) // 4, np.float32)
             address = int(raw.ctypes.data)
-            self._scratch.append((raw, address + -address % _CACHE_LINE))
+            address += -address % _CACHE_LINE
             # a new one: a late helper may still read the one that was too short, and leave
             short, own = self._record, [0] * c.OWN_FIELDS
-            own[c.SCRATCH_AT] = self._scratch[-1][1]
+            own[c.SCRATCH_AT] = address
             self._record = short + array("q", own)
+            self._scratch.append((raw, address))
             short[c.THREADS] = 0
             self.renew()
         return self._scratch[thread][1]

@@ -22,6 +22,7 @@ class Helpers:
     def __init__(self) -> None:
         self._lock = Lock()
         self._pending = array("q", [0, 0])
+        self._process = os.getpid()
         self._reset()
 
     def _reset(self) -> None:
@@ -30,8 +31,9 @@ class Helpers:
         self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._avoided: tuple[int, int] | None = None
-        self._process = os.getpid()
-        self._pending[0] = self._pending[1]
+        if self._process != os.getpid():  # whom the parent process asked for never comes
+            self._pending[0] = self._pending[1]
+            self._process = os.getpid()
         # threads that wait for work would outlive a network that was dropped without `close`
         self._end = weakref.finalize(self, _end, self._queue, self._threads)
         self._end.atexit = False
@@ -69,9 +71,9 @@ class Helpers:
                 thread.start()
                 self._threads.append(thread)
             self._keep_off(_core())
-            self._pending[0] += len(numbers)
             for number in numbers:
                 self._queue.put((work, number, arguments))
+                self._pending[0] += 1
 
     def close(self) -> None:
         """End the threads; the next call of `start` makes new ones."""

@@ -186,19 +186,22 @@ def test_a_helper_stays_for_the_next_call(network, engine):
 
 
 def test_two_who_come_as_the_same_thread(network, engine):
-    """One that waited and one that was woken: the second finds that the first is there."""
+    """One that waited and one that was woken: the second finds that the first is there.
+
+    Also if one that is late for an older call comes in between.
+    """
     _, images, expected = network
     inside = []
 
     def act(work, calls):
-        for _ in range(2):
-            work(*calls[0])
-            memory, *_ = calls[0][3]
+        thread, at, number, (memory, *kept) = calls[0]
+        for of_call in (number, number, number - 1, number):
+            work(thread, at, of_call, (memory, *kept))
             inside.append(int(memory.counters[0] & (c.SHUT - 1)))
 
     engine._helpers = Helpers(act)
     np.testing.assert_array_equal(engine.run(images, 2), expected)
-    assert inside == [1, 1]
+    assert inside == [1, 1, 1, 1]
 
 
 def until_all_wait(engine, x, threads):
@@ -212,11 +215,12 @@ def until_all_wait(engine, x, threads):
 
 
 @pytest.fixture
-def waited_for():
+def waited_for(monkeypatch):
     """An engine of its own, images, and what comes out with any number of threads.
 
     Nobody tells helpers that wait of others that are asked for.
     """
+    monkeypatch.setattr("blocksparse.runtime.calls.usable_cores", lambda: 3)
     b, threads = Builder((8, 40, 40)), []
     b.conv(b.conv(b.conv("x", 24), 24), 24)
     engine, images = engine_of(b.model()), [randoms(3, 8, 40, 40, seed=seed) for seed in range(2)]
@@ -258,6 +262,36 @@ def test_fewer_threads_while_helpers_wait(waited_for, attempt):
     np.testing.assert_array_equal(engine.run(images[1], 2), expected)
     entered = memory._record[c.FIELDS + 2 * c.OWN_FIELDS + c.ENTERED]
     assert entered < memory._number - 1, "a third thread came"
+
+
+def test_a_helper_that_is_counted_on_stays_while_others_are_woken(waited_for):
+    engine, images, expected = waited_for
+    first = Helpers(lambda work, calls: start([call for call in calls if call[0] == 1]))
+
+    def start(calls):
+        for call in calls:
+            Thread(target=engine._help, args=call).start()
+
+    def wake(work, calls):
+        Helpers.pending[0] += 1000
+        end = time.perf_counter() + 50e-6
+        while time.perf_counter() < end:
+            pass
+
+    came = 0
+    for _ in range(20):
+        engine._helpers = first
+        while True:
+            engine.run(images[0], 3)
+            (memory,) = engine._plan(len(images[0]), 3).free
+            if memory.missing(3) == [2]:
+                break
+        engine._helpers = Helpers(wake)
+        number = memory._number
+        np.testing.assert_array_equal(engine.run(images[1], 3), expected)
+        came += memory._record[c.FIELDS + c.OWN_FIELDS + c.ENTERED] == number
+        Helpers.pending[0] -= 1000
+    assert came > 10
 
 
 @pytest.mark.parametrize("threads", [2, 3, 9, 17])

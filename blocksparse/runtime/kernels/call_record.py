@@ -12,7 +12,9 @@ OUTPUT_AT_AT, OUTPUT_SIZE = 9, 10  # the same for the output
 BATCH, THREADS = 11, 12
 TIMES_ROWS = 13  # of what each thread notes; 0: nothing
 PENDING_AT = 14  # int64: helpers that were asked for so far, helpers that came
-FIELDS = 15
+NEXT = 15  # number of the call that was prepared last
+CORES = 16  # how many the process may use
+FIELDS = 17
 
 # Behind it, for each thread
 SCRATCH_AT = 0  # memory of this thread alone

@@ -106,7 +106,7 @@ def store(typing_context: Any, address: Any, value: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         pointer = builder.inttoptr(values[0], _I64.as_pointer())
-        builder.store(values[1], pointer, align=4)
+        builder.store_atomic(values[1], pointer, "monotonic", 8)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -83,7 +83,7 @@ def run(record_at: int, thread: int, number: int) -> None:
     left = gate + 8 * c.LINE
     if thread > 0:
         fetch_add(call[c.PENDING_AT] + 8, 1)
-        while _claim(record_at, thread, number) and _enter(gate, number):
+        while _claim(record_at, gate, thread, number) and _enter(gate, number):
             _walk(record_at, thread)
             fetch_add(left, 1)
             number = (number + 1) % c.NUMBERS
@@ -225,11 +225,14 @@ def wait(counter: int, count: int) -> None:
 
 
 @loop
-def _claim(record_at: int, thread: int, number: int) -> bool:
+def _claim(record_at: int, gate: int, thread: int, number: int) -> bool:
     """Be this thread of a call, unless somebody else is: one who waited and one who was woken."""
     at = record_at + 8 * (c.FIELDS + thread * c.OWN_FIELDS + c.ENTERED)
     last = load_acquire(at)
-    return last != number and compare_exchange(at, last, number)
+    # who comes late for an old call must not undo the claim of a newer one: the gate is read behind
+    if last == number or load_acquire(gate) >> 32 != number:
+        return False
+    return compare_exchange(at, last, number)
 
 
 @loop
@@ -237,10 +240,13 @@ def _stay(record_at: int, thread: int, number: int) -> bool:
     """Wait for a while until the caller of the next call is there; return whether to help it.
 
     Whoever reads that this helper waits need not wake it. It leaves at once if one is wanted for
-    another memory.
+    another memory. It keeps its core from others meanwhile: with one that they hold for
+    milliseconds, a caller that counts on it would be alone.
     """
     call = integers_at(record_at, c.FIELDS)
-    gate, pending = call[c.COUNTERS_AT], call[c.PENDING_AT]
+    if call[c.THREADS] > call[c.CORES]:  # it would keep its core from one that has work
+        return False
+    gate, pending, following = call[c.COUNTERS_AT], call[c.PENDING_AT], record_at + 8 * c.NEXT
     waiting = record_at + 8 * (c.FIELDS + thread * c.OWN_FIELDS + c.WAITING)
     start = now()
     if start == 0:  # no clock
@@ -251,11 +257,11 @@ def _stay(record_at: int, thread: int, number: int) -> bool:
         pause()
         turns += 1
         if turns % 16 == 0:
-            give_way()
             gone = now() - start
+            wanted = load_acquire(pending) > load_acquire(pending + 8)
             if gone > STAY:
                 store(waiting, 0)
-            if gone > STAY + GRACE or load_acquire(pending) > load_acquire(pending + 8):
+            if gone > STAY + GRACE or (wanted and load_acquire(following) != number):
                 store(waiting, 0)
                 return False
     store(waiting, 0)
