@@ -148,7 +148,7 @@ def _flush(values: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], in
     least = np.finfo(np.float32).tiny
     flat = np.ascontiguousarray(values).reshape(-1)
     count = 0
-    for first in range(0, flat.size, _TOGETHER):  # so that no other array has to be in memory
+    for first in range(0, flat.size, _TOGETHER):  # all at once: as large as the layer
         part = flat[first : first + _TOGETHER]
         count += int(np.count_nonzero((np.abs(part) < least) & (part != 0)))
     return (np.where(np.abs(values) < least, np.float32(0), values) if count else values), count

@@ -29,12 +29,13 @@ class CallMemory:
     ----------
     plan : Plan
         What is run.
-    pending_at : int
-        Address of `Helpers.pending`.
+    pending : array of int64
+        `Helpers.pending` of whoever will help.
     """
 
-    def __init__(self, plan: Plan, pending_at: int) -> None:
+    def __init__(self, plan: Plan, pending: array[int]) -> None:
         self.plan = plan  # its records hold addresses of its arrays
+        self._pending = pending  # late helpers write to it, whatever became of the others
         self.given: tuple[object, ...] = ()  # what the threads of a call read
         self._scratch: list[tuple[npt.NDArray[np.float32], int]] = []
         self._scratch_bytes = plan.scratch
@@ -59,7 +60,8 @@ class CallMemory:
         self._record[c.INPUT_SIZE] = math.prod(plan.inputs)
         self._record[c.OUTPUT_SIZE] = math.prod(plan.outputs)
         self._record[c.COUNTERS_AT] = self.counters.ctypes.data
-        self._record[c.PENDING_AT], self._record[c.CORES] = pending_at, usable_cores()
+        self._record[c.PENDING_AT], _ = pending.buffer_info()
+        self._record[c.CORES] = usable_cores()
         renew_after_fork(self)
 
     def renew(self) -> None:

@@ -148,13 +148,13 @@ class CompiledEngine:
         threads: int,
         times: list[npt.NDArray[np.int64]] | None,
     ) -> npt.NDArray[np.float32]:
-        # What Python does here and below takes 20 to 50 times as long between two runs of a large
+        # What Python does here and below takes some 15 times as long between two runs of a large
         # network, which leave nothing of it in the caches, as again and again
         ready = self._plan(len(x), threads)
         try:
             memory = ready.free.pop()
         except IndexError:  # other calls have them
-            memory = CallMemory(ready.plan, self._helpers.pending_at)
+            memory = CallMemory(ready.plan, self._helpers.pending)
         output = self._execute(memory, x, threads, times)
         ready.free.append(memory)
         return output
@@ -222,7 +222,7 @@ class CompiledEngine:
             for number in range(max(map(len, layers.values()))):
                 steps = self._lowered(packs, number)
                 plan = self._bound(steps, batch, threads)
-                trials.append((steps, CallMemory(plan, self._helpers.pending_at)))
+                trials.append((steps, CallMemory(plan, self._helpers.pending)))
             shape = (batch, *self.model.input_shape)
             x = np.random.default_rng(0).standard_normal(shape, np.float32)
             taken: list[list[dict[str, float]]] = [[] for _ in trials]

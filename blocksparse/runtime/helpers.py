@@ -17,11 +17,18 @@ _Call = tuple[Callable[..., None], int, tuple[Any, ...]]
 
 
 class Helpers:
-    """Threads of one engine; safe to use from several threads and after a fork."""
+    """Threads of one engine; safe to use from several threads and after a fork.
+
+    Attributes
+    ----------
+    pending : array of int64
+        How many were asked for so far, and how many of them came, which the work itself counts. A
+        thread that waits inside its work may end it when the first is larger.
+    """
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._pending = array("q", [0, 0])
+        self.pending = array("q", [0, 0])
         self._process = os.getpid()
         self._reset()
 
@@ -32,19 +39,11 @@ class Helpers:
         self._threads: list[threading.Thread] = []
         self._avoided: tuple[int, int] | None = None
         if self._process != os.getpid():  # whom the parent process asked for never comes
-            self._pending[0] = self._pending[1]
+            self.pending[0] = self.pending[1]
             self._process = os.getpid()
         # threads that wait for work would outlive a network that was dropped without `close`
         self._end = weakref.finalize(self, _end, self._queue, self._threads)
         self._end.atexit = False
-
-    @property
-    def pending_at(self) -> int:
-        """Address of two int64: threads that were asked for, and those that counted that they came.
-
-        A thread that waits inside its work may end it when the first is larger.
-        """
-        return self._pending.buffer_info()[0]
 
     def start(self, work: Callable[..., None], numbers: Sequence[int], *arguments: Any) -> None:
         """Let threads do `work`; nobody waits for them, and some may start late.
@@ -73,7 +72,7 @@ class Helpers:
             self._keep_off(_core())
             for number in numbers:
                 self._queue.put((work, number, arguments))
-                self._pending[0] += 1
+                self.pending[0] += 1
 
     def close(self) -> None:
         """End the threads; the next call of `start` makes new ones."""

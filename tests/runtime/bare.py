@@ -93,7 +93,7 @@ def shuffled(call, expected, seeds=(0, 1)):
 def run_over(engine, x, fill, threads=1):
     """Run in memory that held `fill`; return the output, the plan and the memory."""
     ready = engine._plan(len(x), threads)
-    memory = CallMemory(ready.plan, engine._helpers.pending_at)
+    memory = CallMemory(ready.plan, engine._helpers.pending)
     values = memory.values
     values[:] = fill
     memory._scratch_bytes += GUARD

@@ -21,10 +21,7 @@ from blocksparse.runtime.kernels import records
 class Helpers:
     """In place of the engine's helpers: does with their calls what a test wants."""
 
-    pending = array(
-        "q", [0, 0]
-    )  # of all: memories outlive those who were there when they were made
-    pending_at = pending.buffer_info()[0]
+    pending = array("q", [0, 0])
 
     def __init__(self, act=lambda work, calls: None):
         self.act, self.calls = act, []
@@ -58,6 +55,7 @@ def engine(network):
     """The network's engine, with its own helpers back in the end."""
     engine = network[0]
     kept = engine._helpers
+    kept.close()  # nobody waits any more
     yield engine
     engine._helpers = kept
 
@@ -305,7 +303,7 @@ def test_more_threads_than_cores_and_queues(network, threads):
 def test_counters_are_as_many_as_the_plan_says(network):
     engine, images, _ = network
     plan = engine._plan(len(images), 1).plan
-    memory = CallMemory(plan, engine._helpers.pending_at)
+    memory = CallMemory(plan, engine._helpers.pending)
     assert plan.counters == len(plan.records) * c.COUNTER_STRIDE
     assert len(memory.counters) == c.GATE + plan.counters
     assert c.GATE % c.LINE == 0
@@ -316,7 +314,7 @@ def test_counters_are_as_many_as_the_plan_says(network):
 def test_every_thread_has_scratch_memory_of_its_own(network):
     engine, images, _ = network
     plan = engine._plan(len(images), 1).plan
-    memory = CallMemory(plan, engine._helpers.pending_at)
+    memory = CallMemory(plan, engine._helpers.pending)
     places = [memory.scratch(thread) for thread in (2, 0, 1)]
     assert all(place % 64 == 0 for place in places)
     assert [memory.scratch(thread) for thread in (2, 0, 1)] == places
