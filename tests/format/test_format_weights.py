@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blocksparse.format import BsrWeight, DenseWeight, NMWeight
+from blocksparse.format import BsrWeight, DenseWeight, NMWeight, weights
 from blocksparse.format.weights import index_bits, pack_bits, unpack_bits
 
 axis = st.integers(1, 11)
@@ -58,6 +58,15 @@ def test_bsr_round_trip_and_twin(case):
     twin = naive.bsr_to_dense(array.shape, block, weight.data, weight.indices, weight.indptr)
     np.testing.assert_array_equal(twin, array)
     assert (weight.data != 0).any(axis=(1, 2)).all()
+
+
+@given(bsr_cases(), st.integers(1, 200))
+def test_bsr_cut_in_parts_is_that_cut_at_once(case, together):
+    array, block = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "_TOGETHER", together)
+        in_parts = BsrWeight.from_dense(array, block)
+    assert in_parts == BsrWeight.from_dense(array, block)
 
 
 @given(bsr_cases())
