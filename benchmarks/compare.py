@@ -8,7 +8,7 @@ in one process.
 Each combination of model, pattern, batch and threads is one setting and one page, as Markdown and
 JSON in benchmarks/results/; several settings get a summary.md as well. A page that is there stays
 if the new one is not to be quoted or lacks engines: that one goes beside it, its name ending in
--busy or -partial. A setting takes about a minute, more for VGG-16 or a large batch.
+-busy or -partial. A setting takes about a minute, more for a large batch, and the first time.
 """
 
 from __future__ import annotations
