@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from dataclasses import replace
 
 import numpy as np
@@ -66,6 +67,47 @@ def forced(model, way, lanes=None):
     assert ways
     engine._steps = lower(model, engine.target, ways)
     return engine
+
+
+class Helpers:
+    """In place of the engine's helpers: does with their calls what a test wants."""
+
+    pending = array("q", [0, 0])
+
+    def __init__(self, act=lambda work, calls: None):
+        self.act, self.calls = act, []
+
+    def start(self, work, numbers, at, number, kept):
+        """Take the calls of all threads but the caller's, and what the caller lets go of behind."""
+        kept = (*kept, kept[0].given)
+        self.calls = [(thread, at, number, kept) for thread in numbers]
+        self.act(work, self.calls)
+
+    def close(self):
+        """Nothing is held."""
+
+
+def assert_same_bits(engine, x):
+    """Check that neither threads nor repetition nor the order of items change a bit."""
+    expected = engine.run(x, 1)
+    for threads in (1, 2, 3, 9):
+        for _ in range(3):
+            np.testing.assert_array_equal(engine.run(x, threads), expected)
+    engine._helpers.close()  # nobody waits any more
+    engine._helpers = Helpers()
+    engine.run(x, 2)
+    shuffled(engine._helpers.calls[0], expected)
+
+
+def assert_same_over(engine, x):
+    """Check that results do not depend on what memory held; return them, finite and not all 0."""
+    clean, _, _ = run_over(engine, x, 0)
+    for fill in (np.nan, 1e30):
+        dirty, _, _ = run_over(engine, x, fill)
+        np.testing.assert_array_equal(dirty, clean)
+    assert np.isfinite(clean).all()
+    assert np.abs(clean).max() > 0
+    return clean
 
 
 def shuffled(call, expected, seeds=(0, 1)):

@@ -6,11 +6,10 @@ import time
 
 import numpy as np
 import pytest
-from bare import engine_of, run_over, shuffled
+from bare import Helpers, engine_of, run_over, shuffled
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import POOL, Builder, randoms
-from test_runtime_program import Helpers
 
 from blocksparse.runtime import halves, reference
 from blocksparse.runtime.algorithms import Algorithm, ways

@@ -1,28 +1,27 @@
-"""Whole convolutions along Winograd's rows against the definition, forced on everywhere.
-
-As in `test_runtime_winograd`: with small integers planes are exact and errors stand out, with reals
-they must stay within a bound derived from the number of roundings.
-"""
+"""Whole convolutions along Winograd's rows against the definition, forced on everywhere."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
-from bare import (
-    LANES,
-    SENTINEL,
-    assert_nothing_else_written,
-    assert_zeros_around,
-    engine_of,
-    forced,
-    run_over,
-    shuffled,
-)
+from bare import LANES, assert_same_bits, assert_same_over, engine_of, forced, run_over
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Builder, randoms
-from test_runtime_program import Helpers
-from test_runtime_winograd import LAYOUTS, UNIT, Case, case_of, integers_of
+from winograd_cases import (
+    LAYOUTS,
+    Case,
+    assert_far_within,
+    assert_integers_come_out_right,
+    assert_within,
+    case_of,
+    error_bound,
+    integers_of,
+    normal_of,
+    reals_of,
+)
 
 from blocksparse.runtime import algorithms, bands
 from blocksparse.runtime.kernels import records
@@ -66,19 +65,14 @@ CASES = {
 @settings(max_examples=50)
 @given(case=st.builds(case_of, **CASES), seed=st.integers(0, 9), threads=st.integers(1, 3))
 def test_integers_come_out_right(lanes, case, seed, threads):
-    weights, bias, x = integers_of(case, np.random.default_rng(seed))
+    weights, bias, x = numbers = integers_of(case, np.random.default_rng(seed))
     engine = along_rows(case.model(weights, bias), lanes)
-    got, plan, memory = run_over(engine, x, SENTINEL, threads)
-    # rounding errors are below 0.1; scaled by 512 for relu6, and clamped, far below 1e-3
-    atol = 1e-3 if case.activation == "relu6" else 0.1
-    np.testing.assert_allclose(got, case.expected(x, weights, bias), rtol=0, atol=atol)
-    assert_nothing_else_written(memory, plan, case.batch)
-    assert_zeros_around(memory, plan, records.LINES_CONV, case.batch)
+    got = assert_integers_come_out_right(case, engine, numbers, records.LINES_CONV, threads)
     dirty, _, _ = run_over(engine, x, np.nan, threads)
     np.testing.assert_array_equal(dirty, got)
 
 
-def magnitudes(case, x, weights, row, rows):
+def magnitudes(row, rows, case, x, weights):
     """Sum the absolute terms of each output, |A| ((|G| |w|) * (|B| |x|)), tile by tile of the line.
 
     A tile that begins in one row of an image and ends in the next has terms of both.
@@ -106,15 +100,11 @@ def magnitudes(case, x, weights, row, rows):
     return out[:, places].transpose(1, 0, 2, 3)
 
 
-def error_bound(case, x, weights, bias, frame):
+def bound_of(case, numbers, engine):
     """Bound the rounding error of every output, counted as in `test_runtime_winograd`."""
-    roundings = 1 + 4 + case.channels + 5 + 2
-    error = 0
-    for i in range(2 if case.residual else 1):
-        terms = magnitudes(case, x, weights[i], frame.row, frame.rows)
-        terms = terms + np.abs(bias)[:, None, None]
-        error = error + terms * (roundings + 1) * UNIT / (1 - (roundings + 1) * UNIT)
-    return error
+    frame = engine.steps.frames["x"]
+    terms = partial(magnitudes, frame.row, frame.rows)
+    return error_bound(case, numbers, terms, 1 + 4 + case.channels + 5 + 2)
 
 
 @settings(max_examples=100)
@@ -124,34 +114,17 @@ def error_bound(case, x, weights, bias, frame):
 )  # fmt: skip
 def test_reals_stay_within_the_bound_of_their_roundings(case, seed, decades):
     """Also where neighbours differ by sixteen orders of magnitude."""
-    rng = np.random.default_rng(seed)
-
-    def reals(*shape):
-        values = rng.standard_normal(shape) * 10.0 ** rng.uniform(-decades, decades, shape)
-        return values.astype(np.float32)
-
-    weights, bias = case.weights(reals), reals(case.outputs)
-    x = reals(case.batch, case.channels, *case.image)
-    engine = along_rows(case.model(weights, bias))
-    error = np.abs(engine.run(x, 1) - case.expected(x, weights, bias))
-    bound = error_bound(case, x, weights, bias, engine.steps.frames["x"])
-    assert (error <= bound).all(), f"{np.max(error / bound):.2f} of the bound"
+    numbers = reals_of(case, seed, decades)
+    engine = along_rows(case.model(*numbers[:2]))
+    assert_within(case, engine, numbers, bound_of(case, numbers, engine))
 
 
 @pytest.mark.parametrize("taps", ALONG)
 def test_the_error_is_far_below_the_bound_in_practice(taps):
-    """Roundings mostly cancel: on normal weights and inputs a hundredth of the bound is left."""
     case = Case((19, 28), 64, 16, rows=1, taps=taps, padding=(0, taps // 2))
-    weights, bias = case.weights(randoms), randoms(16)
-    x = randoms(1, 64, 19, 28)
-    engine = along_rows(case.model(weights, bias))
-    expected = case.expected(x, weights, bias)
-    error = np.abs(engine.run(x, 1) - expected)
-    part = np.max(error / error_bound(case, x, weights, bias, engine.steps.frames["x"]))
-    relative = np.sqrt(np.mean(error**2) / np.mean(expected**2))
-    print(f"largest error: {part:.4f} of the bound; root mean square {relative:.1e} of the output")
-    assert part < 0.01
-    assert relative < 30 * UNIT
+    numbers = normal_of(case)
+    engine = along_rows(case.model(*numbers[:2]))
+    assert_far_within(case, engine, numbers, bound_of(case, numbers, engine))
 
 
 @pytest.mark.parametrize("layout", ["dense", ((8, 8), 0.4, False)], ids=["dense", "bsr"])
@@ -161,18 +134,10 @@ def test_bits_do_not_depend_on_threads_order_or_repetition(layout):
         activation="relu", batch=3,
     )  # fmt: skip
     engine = along_rows(case.model(case.weights(randoms), randoms(44)))
-    x = randoms(3, 4, 26, 19)
-    expected = engine.run(x, 1)
     for record in lines_of(engine._plan(3, 1).plan):
         assert record[records.PARTS_COUNT] > 1
         assert record[records.ITEMS] > 2 * record[records.PARTS_COUNT], "several bands"
-    for threads in (1, 2, 3, 9):
-        for _ in range(3):
-            np.testing.assert_array_equal(engine.run(x, threads), expected)
-    engine._helpers.close()  # nobody waits any more
-    engine._helpers = Helpers()
-    engine.run(x, 2)
-    shuffled(engine._helpers.calls[0], expected)
+    assert_same_bits(engine, randoms(3, 4, 26, 19))
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -228,12 +193,7 @@ def test_padding_is_zero_whatever_memory_held():
     x = b.node("concat", x, b.conv(x, 3, kernel=(1, 1), padding=(0, 0), seed=3))
     x = b.conv(b.conv(x, 6, padding=(1, 1), seed=4), 4, kernel=(1, 3), padding=(0, 1), seed=5)
     b.conv(b.conv(x, 6, stride=(2, 2), seed=6), 3, kernel=(1, 3), padding=(0, 0), seed=7)
-    engine = along_rows(b.model())
     images = randoms(3, 5, 7, 18)
-    clean, _, _ = run_over(engine, images, 0)
-    for fill in (np.nan, 1e30):
-        dirty, _, _ = run_over(engine, images, fill)
-        np.testing.assert_array_equal(dirty, clean)
+    got = assert_same_over(along_rows(b.model()), images)
     others = engine_of(b.model()).run(images, 1)
-    np.testing.assert_allclose(clean, others, rtol=0, atol=1e-5 * np.abs(others).max())
-    assert np.abs(clean).max() > 0
+    np.testing.assert_allclose(got, others, rtol=0, atol=1e-5 * np.abs(others).max())

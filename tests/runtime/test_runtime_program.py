@@ -4,36 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import time
-from array import array
 from functools import partial
 from threading import Thread
 
 import numpy as np
 import pytest
-from bare import engine_of, shuffled
+from bare import Helpers, engine_of, shuffled
 from models import POOL, Builder, randoms
 
 from blocksparse.runtime.calls import CallMemory
 from blocksparse.runtime.kernels import call_record as c
 from blocksparse.runtime.kernels import records
-
-
-class Helpers:
-    """In place of the engine's helpers: does with their calls what a test wants."""
-
-    pending = array("q", [0, 0])
-
-    def __init__(self, act=lambda work, calls: None):
-        self.act, self.calls = act, []
-
-    def start(self, work, numbers, at, number, kept):
-        """Take the calls of all threads but the caller's, and what the caller lets go of behind."""
-        kept = (*kept, kept[0].given)
-        self.calls = [(thread, at, number, kept) for thread in numbers]
-        self.act(work, self.calls)
-
-    def close(self):
-        """Nothing is held."""
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,26 @@ from bare import (
     LANES,
     SENTINEL,
     assert_nothing_else_written,
+    assert_same_bits,
+    assert_same_over,
     assert_zeros_around,
     engine_of,
     forced,
     run_over,
-    shuffled,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Builder, randoms
-from test_runtime_program import Helpers
-from test_runtime_winograd import LAYOUTS, UNIT, Case, case_of
+from winograd_cases import (
+    LAYOUTS,
+    Case,
+    assert_far_within,
+    assert_within,
+    case_of,
+    error_bound,
+    normal_of,
+    reals_of,
+)
 
 from blocksparse.runtime import algorithms, bands
 from blocksparse.runtime.kernels import records
@@ -129,7 +138,7 @@ def magnitudes(case, x, weights):
     return out.reshape(*out.shape[:2], down, right)[:, :, : size[0], : size[1]]
 
 
-def error_bound(case, x, weights, bias):
+def bound_of(case, numbers):
     """Bound the rounding error of every output.
 
     A term is rounded at most once in its weight's plane, 3 times in each pass over its input (of a
@@ -137,13 +146,7 @@ def error_bound(case, x, weights, bias):
     each pass of the output transform (planes in 2 pairs, and 2 others), once for bias and once
     for the residual; a bias then sees the last two.
     """
-    roundings = 1 + 2 * 3 + case.channels + 2 * 4 + 2
-    error = 0
-    for i in range(2 if case.residual else 1):
-        terms = magnitudes(case, x, weights[i]) + np.abs(bias)[:, None, None]
-        # what the residual is rounded to is then added, and rounded, once more
-        error = error + terms * (roundings + 1) * UNIT / (1 - (roundings + 1) * UNIT)
-    return error
+    return error_bound(case, numbers, magnitudes, 1 + 2 * 3 + case.channels + 2 * 4 + 2)
 
 
 @settings(max_examples=50)
@@ -153,32 +156,14 @@ def error_bound(case, x, weights, bias):
 )  # fmt: skip
 def test_reals_stay_within_the_bound_of_their_roundings(case, seed, decades):
     """Also where neighbours differ by twelve orders of magnitude."""
-    rng = np.random.default_rng(seed)
-
-    def reals(*shape):
-        values = rng.standard_normal(shape) * 10.0 ** rng.uniform(-decades, decades, shape)
-        return values.astype(np.float32)
-
-    weights, bias = case.weights(reals), reals(case.outputs)
-    x = reals(case.batch, case.channels, *case.image)
-    got = tiled(case.model(weights, bias)).run(x, 1)
-    error = np.abs(got - case.expected(x, weights, bias))
-    bound = error_bound(case, x, weights, bias)
-    assert (error <= bound).all(), f"{np.max(error / bound):.2f} of the bound"
+    numbers = reals_of(case, seed, decades)
+    assert_within(case, tiled(case.model(*numbers[:2])), numbers, bound_of(case, numbers))
 
 
 def test_the_error_is_far_below_the_bound_in_practice():
-    """Roundings mostly cancel: on normal weights and inputs a hundredth of the bound is left."""
     case = Case((28, 28), channels=64, outputs=16)
-    weights, bias = case.weights(randoms), randoms(16)
-    x = randoms(1, 64, 28, 28)
-    expected = case.expected(x, weights, bias)
-    error = np.abs(tiled(case.model(weights, bias)).run(x, 1) - expected)
-    part = np.max(error / error_bound(case, x, weights, bias))
-    relative = np.sqrt(np.mean(error**2) / np.mean(expected**2))
-    print(f"largest error: {part:.4f} of the bound; root mean square {relative:.1e} of the output")
-    assert part < 0.01
-    assert relative < 30 * UNIT
+    numbers = normal_of(case)
+    assert_far_within(case, tiled(case.model(*numbers[:2])), numbers, bound_of(case, numbers))
 
 
 @pytest.mark.parametrize("layout", ["dense", ((8, 8), 0.4, False)], ids=["dense", "bsr"])
@@ -186,18 +171,10 @@ def test_the_error_is_far_below_the_bound_in_practice():
 def test_bits_do_not_depend_on_threads_order_or_repetition(layout, image):
     case = Case(image, 4, 44, layout=layout, residual=True, activation="relu", batch=3)
     engine = tiled(case.model(case.weights(randoms), randoms(44)))
-    x = randoms(3, 4, *image)
-    expected = engine.run(x, 1)
     for record in products_of(engine._plan(3, 1).plan):
         assert record[records.ITEMS] > record[records.PARTS_COUNT], "several bands"
         assert record[records.PARTS_COUNT] > 1 or image == (26, 70), "bands are items enough"
-    for threads in (1, 2, 3, 9):
-        for _ in range(3):
-            np.testing.assert_array_equal(engine.run(x, threads), expected)
-    engine._helpers.close()  # nobody waits any more
-    engine._helpers = Helpers()
-    engine.run(x, 2)
-    shuffled(engine._helpers.calls[0], expected)
+    assert_same_bits(engine, randoms(3, 4, *image))
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -256,15 +233,10 @@ def test_padding_is_zero_whatever_memory_held():
     x = b.node("concat", x, b.conv(x, 3, seed=6))
     x = b.conv(b.conv(x, 6, padding=(2, 1), seed=4), 4, kernel=(1, 3), padding=(0, 1), seed=5)
     b.conv(b.conv(x, 6, stride=(2, 2), seed=7), 3, seed=8)
-    engine = tiled(b.model())
     images = randoms(3, 5, 7, 32)
-    clean, _, _ = run_over(engine, images, 0)
-    for fill in (np.nan, 1e30):
-        dirty, _, _ = run_over(engine, images, fill)
-        np.testing.assert_array_equal(dirty, clean)
+    got = assert_same_over(tiled(b.model()), images)
     others = engine_of(b.model()).run(images, 1)
-    np.testing.assert_allclose(clean, others, rtol=0, atol=1e-5 * np.abs(others).max())
-    assert np.abs(clean).max() > 0
+    np.testing.assert_allclose(got, others, rtol=0, atol=1e-5 * np.abs(others).max())
 
 
 @pytest.mark.parametrize(

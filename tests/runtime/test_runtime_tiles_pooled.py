@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Builder, randoms
 from test_runtime_tiles import CASES, WIDTHS, tiled
-from test_runtime_winograd import case_of
+from winograd_cases import case_of
 
 from blocksparse.perf.bound import traffic
 from blocksparse.runtime import algorithms, bands, compiled, winograd
