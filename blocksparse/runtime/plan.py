@@ -182,7 +182,7 @@ class _Binding:
         _put(record, records.SOURCE, self._read(step))
         target = self._layout(step.target)
         _put(record, records.TARGET, target)
-        self._by_rows(record, target)
+        self._by_rows(record, step, target)
 
     def _adaptive_pool(self, record: Record, step: Step) -> None:
         self._move(record, step)
@@ -202,21 +202,34 @@ class _Binding:
             count = np.array([height * width], np.float32)
             record[records.DIVISORS] = self.tables.address(count)
 
-    def _by_rows(self, record: Record, where: Layout, planes: int = 1) -> None:
-        """Cut a move into items of rows, or of channels where a channel is less than a page.
+    def _by_rows(self, record: Record, step: Step, where: Layout, planes: int = 1) -> None:
+        """Cut a move into items of rows, or of channels, see `_share`.
 
-        Two threads in one page disturb each other, see `products.shares_pixels`: with channels to
-        share, the copies of ResNet-50 took 0.40 ms in place of 0.63, and the pools of Inception V3
-        0.77 in place of 1.2. `planes` output channels come from one input channel.
+        `planes` output channels come from one input channel.
         """
         rows, channels = self.batch * where.height, where.channels // planes
-        self._share(record, where, channels, rows, planes * where.width)
+        self._share(record, step, where, channels, rows, planes * where.width)
 
-    def _share(self, record: Record, where: Layout, channels: int, lines: int, floats: int) -> None:
-        """Cut lines of so many floats in each of so many channels into items."""
+    def _share(
+        self, record: Record, step: Step, where: Layout, channels: int, lines: int, floats: int
+    ) -> None:
+        """Cut lines of so many floats in each of so many channels into items.
+
+        They are channels where a channel is less than a page, for two threads in one page disturb
+        each other, see `products.shares_pixels`: the copies of ResNet-50 took 0.40 ms so in place
+        of 0.63, and the pools of Inception V3 0.77 in place of 1.2. And where one thread does all:
+        a channel lies in one piece, and ResNet's max pool takes 0.7 to 0.85 of the time.
+        """
         items = layout.round_up(channels * lines * floats // CHUNK_FLOATS + 1, 2)
-        by_channels = 4 * where.channel < layout.PAGE_BYTES and channels >= items
+        small = 4 * where.channel < layout.PAGE_BYTES
+        by_channels = channels >= items and (small or self._by_one(step))
         self._cut(record, channels if by_channels else lines, items, by_channels)
+
+    def _by_one(self, step: Step) -> bool:
+        """Whether a step is one thread's alone, but for a little help: that of a half."""
+        if self.steps.halves:
+            return step.target in self.steps.halves
+        return self.batch == 1  # threads that share an image have it in halves
 
     def _cut(self, record: Record, count: int, items: int, by_channels: bool) -> None:
         chunk = -(-count // min(count, items))
@@ -256,7 +269,7 @@ class _Binding:
         ):
             columns = [shift_x + phase for phase in (0, 1)]
             self._fast(record, Kernel("copy_phases"), source, target, columns, 2)
-        self._by_rows(record, target, len(planes) if record[records.FAST] else 1)
+        self._by_rows(record, step, target, len(planes) if record[records.FAST] else 1)
 
     def _outside(self, step: Step, shape: tuple[int, ...]) -> Layout:
         """Lay out the caller's array, or the rows of it that are a half's."""
@@ -356,7 +369,7 @@ class _Binding:
             lane_bits(np.arange(vectors * lanes) < run, lanes)
         )
         record[records.VECTORS], record[records.RUNS] = vectors, runs
-        self._share(record, output, output.channels, runs * vectors, lanes)
+        self._share(record, step, output, output.channels, runs * vectors, lanes)
 
     def _product(self, record: Record, step: Step) -> None:
         assert step.packed is not None

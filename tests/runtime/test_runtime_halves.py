@@ -297,3 +297,16 @@ def test_tiles_of_a_half_are_those_of_its_rows():
     plan = engine._plan(1, 2).plan
     tiles = plan.records[plan.records[:, records.OP] == records.TILES_CONV]
     assert tiles[:, records.TILE_ROWS_ALL].tolist() == [4, 4]  # rows of 16 tiles, 4 pixels high
+
+
+@pytest.mark.parametrize(
+    ("batch", "threads", "alone"), [(1, 1, 1), (1, 2, 1), (2, 1, 0), (2, 2, 0)]
+)
+def test_who_moves_values_alone_goes_along_their_channels(batch, threads, alone):
+    """Several share rows, as each wrote some of them; channels of these maps are pages long."""
+    b = Builder((16, 112, 112))
+    b.node("max_pool2d", "x", dilation=(1, 1), **POOL)
+    steps = engine_of(b.model())._plan(batch, threads).plan.records
+    pools = steps[steps[:, records.OP] == records.POOL]
+    assert len(pools) == (2 if (batch, threads) == (1, 2) else 1)
+    assert set(pools[:, records.BY_CHANNELS]) == {alone}

@@ -6,6 +6,8 @@ shuffled apart into even and odd pixels.
 
 from __future__ import annotations
 
+from functools import reduce
+
 from llvmlite import ir
 
 from .writer import F32, FLOAT_BYTES, I32, I64, Writer
@@ -113,7 +115,7 @@ class Pool(PlaneWriter):
                     following = self.down(rows, self.step(at, size)) if beyond else []
                     columns = columns or self.down(rows, at)
                     total = self.along(columns, following, b.add(arg["masks"], bit), per_column)
-                    if not self.largest:
+                    if not self.is_max:
                         total = b.fdiv(total, self.load(self.vector, b.add(divisors, at)))
                     within = b.add(arg["within"], bit)
                     inside = self.mask(b.add(within, per_column))
@@ -136,44 +138,41 @@ class Pool(PlaneWriter):
         b.ret_void()
 
     @property
-    def largest(self) -> bool:
+    def is_max(self) -> bool:
         """Whether it takes the maximum."""
         return self.kernel.op == "pool_max"
 
-    def combine(self, a: ir.Value | None, value: ir.Value) -> ir.Value:
-        """Return the larger of two values, or their sum."""
-        if a is None:
-            return value
-        return self.larger(a, value) if self.largest else self.builder.fadd(a, value)
+    def combine(self, values: list[ir.Value]) -> ir.Value:
+        """Return the largest of some values, or their sum."""
+        return self.largest(values) if self.is_max else reduce(self.builder.fadd, values)
 
     def down(self, rows: list[tuple[ir.Value, ir.Value]], at: ir.Value) -> list[ir.Value]:
         """Combine the rows of a window from a column on, each step of the stride in its vector."""
         b, width = self.builder, self.kernel.width
         zero = ir.Constant(self.vector, None)
-        below: list[ir.Value | None] = [None] * width
+        window = []
         for valid, x in rows:
             vectors = self.vectors_at(b.add(x, b.mul(at, I64(width))), width)
-            if not self.largest:
+            if not self.is_max:
                 vectors = [b.select(valid, vector, zero) for vector in vectors]
-            below = [self.combine(*pair) for pair in zip(below, vectors, strict=True)]
-        return self.apart([vector for vector in below if vector is not None])
+            window.append(vectors)
+        return self.apart([self.combine(list(below)) for below in zip(*window, strict=True)])
 
     def along(
         self, columns: list[ir.Value], following: list[ir.Value], masks: ir.Value, step: ir.Value
     ) -> ir.Value:
         """Combine the columns of a window, of which the last lie in the vectors that follow."""
         b, width = self.builder, self.kernel.width
-        empty = ir.Constant(F32, float("-inf") if self.largest else 0.0)
-        outside = ir.Constant(self.vector, [empty] * self.lanes)
-        total = None
+        outside = self.constant(float("-inf") if self.is_max else 0.0)
+        values = []
         for j in range(self.kernel.columns):
             first, value = j // width, columns[j % width]
             if first:
                 places = list(range(first, first + self.lanes))
                 value = self.shuffle(value, following[j % width], places)
-            total = self.combine(total, b.select(self.mask(masks), value, outside))
+            values.append(b.select(self.mask(masks), value, outside))
             masks = b.add(masks, step)
-        return total
+        return self.combine(values)
 
 
 class Mean(Writer):

@@ -153,10 +153,7 @@ class TileOutput(_Tiles):
 
     def _pooled(self, rows: list[list[ir.Value]]) -> list[list[ir.Value]]:
         """Take the largest of every 2 x 2 values."""
-        down = [
-            [self.larger(a, b) for a, b in zip(*pair, strict=True)]
-            for pair in zip(rows[::2], rows[1::2], strict=True)
-        ]
         return [
-            [self.larger(a, b) for a, b in zip(row[::2], row[1::2], strict=True)] for row in down
+            [self.largest([*upper[i : i + 2], *lower[i : i + 2]]) for i in range(0, len(upper), 2)]
+            for upper, lower in zip(rows[::2], rows[1::2], strict=True)
         ]
