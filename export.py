@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import hydra
 from omegaconf import DictConfig
-from rich.text import Text
 
-from blocksparse.pipeline.console import console
+from blocksparse.pipeline.program import call
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="export")
@@ -19,12 +16,8 @@ def main(cfg: DictConfig) -> None:
     """Export what `cfg` names, and print what was done."""
     from blocksparse.pipeline.export_job import run  # imports torch: `--help` need not wait for it
 
-    try:
-        run(cfg)
-    except (ValueError, OSError) as error:
-        console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-        sys.exit(1)
+    run(cfg)
 
 
 if __name__ == "__main__":
-    main()
+    call(main)

@@ -10,6 +10,7 @@ import hydra
 from omegaconf import DictConfig
 
 from blocksparse.pipeline.folders import register_resolvers
+from blocksparse.pipeline.program import call
 
 register_resolvers()
 
@@ -23,4 +24,4 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    call(main)

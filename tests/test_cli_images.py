@@ -107,8 +107,29 @@ def test_arrays_that_are_not_finite_are_refused(tmp_path):
     array = np.zeros((2, 3, 6, 6), np.float32)
     array[1, 0, 2, 2] = np.nan
     np.save(tmp_path / "a.npy", array)
-    with pytest.raises(CommandError, match=r"a\.npy\[1\]: holds NaN or infinity"):
+    with pytest.raises(CommandError, match=r"a\.npy\[1\]: holds NaN, infinity"):
         list(images.inputs(tmp_path / "a.npy", None, (3, 6, 6)))
+
+
+def test_numbers_beyond_float32_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((3, 6, 6), 1e300))
+    with pytest.raises(CommandError, match="beyond float32"):
+        list(images.inputs(tmp_path / "a.npy", None, (3, 6, 6)))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 6, 6), (3, 0, 6)])
+def test_an_array_without_pixels_is_refused(tmp_path, shape):
+    np.save(tmp_path / "a.npy", np.zeros(shape, np.float32))
+    with pytest.raises(CommandError, match=r"a\.npy: holds no image, its shape is"):
+        list(images.inputs(tmp_path / "a.npy", None, (3, 6, 6)))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_more_than_eight_bits_a_channel_are_refused(tmp_path, mode):
+    """Pillow would make white of nearly all of them."""
+    Image.new(mode, (6, 6), 5000).save(tmp_path / "a.tif")
+    with pytest.raises(CommandError, match=r"a\.tif: has pixels of more than 8 bits"):
+        list(images.inputs(tmp_path / "a.tif", steps(), (3, 6, 6)))
 
 
 def test_an_archive_under_the_name_of_an_array_is_refused(tmp_path):

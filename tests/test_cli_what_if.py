@@ -87,7 +87,7 @@ def test_a_name_of_no_network_is_one_line_with_near_ones(capsys):
         (("--pattern", "block"), 2, "there is no pattern 'block'; there are block8x8"),
         (("--pattern", "nm2:4", "--sparsity", "0.75"), 2, "2:4 has one sparsity, 0.5"),
         (("--size", "32"), 2, "a file's input size is fixed"),
-        (("--json", "no/such/folder.json"), 2, "no such folder"),
+        (("--json", "no/such/folder.json"), 2, "there is no folder"),
         (("--dense", "bodi"), 1, "Did you mean body?"),
         (("--pattern", "block64x64"), 1, "no layer is left to prune with block 64x64 shared"),
     ],

@@ -180,6 +180,8 @@ def mistaken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Mistaken]:
     base = tmp_path_factory.mktemp("mistakes")
     lines = {mistake: f"{mistake} dense.epochs=-1" for mistake in MISTAKES}
     lines["seed=4"] = "resume=runs/a/b seed=4"
+    for other in ("data.batch_size=0", "paths.runs=/dev/null", "sparsity.targe=0.5"):
+        lines[other] = f"experiment=smoke {other}"
     for number in range(len(lines)):
         (base / str(number)).mkdir()
     run = base / str(len(MISTAKES)) / "runs" / "a" / "b"
@@ -214,6 +216,30 @@ def test_mistake_is_one_line_and_leaves_nothing_behind(
     assert "run.log" not in done.out
     assert "Traceback" not in done.out + done.err
     assert not list(done.folder.iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_start_leaves_nothing(mistaken: dict[str, Mistaken]) -> None:
+    done = mistaken["data.batch_size=0"]
+    assert done.out.startswith("error: batch_size is 0")
+    assert not list(done.folder.iterdir())
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_made_is_one_line(mistaken: dict[str, Mistaken]) -> None:
+    done = mistaken["paths.runs=/dev/null"]
+    assert done.status == 1
+    assert "Not a directory" in done.out
+    assert "Traceback" not in done.out + done.err
+
+
+@pytest.mark.slow
+def test_a_key_that_is_not_there_is_not_to_be_added(mistaken: dict[str, Mistaken]) -> None:
+    done = mistaken["sparsity.targe=0.5"]
+    assert done.status == 1
+    assert done.out.startswith("error: Could not override 'sparsity.targe'")
+    assert "+sparsity.targe" not in done.out + done.err
+    assert "--help lists what can be set" in done.out
 
 
 @pytest.mark.slow

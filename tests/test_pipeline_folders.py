@@ -65,6 +65,13 @@ def test_run_folder_of_a_new_and_of_a_resumed_run(folder: RunFolder) -> None:
     assert OmegaConf.create({"resume": "nowhere", "dir": text}).dir == "runs/digits/now"
 
 
+@pytest.mark.parametrize("text", ["", "{a: [", "- 1\n", "a: ${", "\x00"])
+def test_a_damaged_configuration_is_named(folder: RunFolder, text: str) -> None:
+    folder.config.write_text(text)
+    with pytest.raises(ValueError, match=r"time/config\.yaml: is damaged"):
+        folder.read_config()
+
+
 def test_shown_as_typed(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(folder) == str(folder.path)
     monkeypatch.chdir(folder.path.parents[2])

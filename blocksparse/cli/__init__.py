@@ -61,17 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         The exit status, 0, 1, 2 or 130. (argparse itself leaves with 2 on a wrong command line.)
     """
+    # who closed them wants to hear nothing: `blocksparse verify FILE >&-`
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.version:
-        from importlib.metadata import version
-
-        sys.stdout.write(f"blocksparse {version('blocksparse')}\n")
-        return 0
-    if arguments.command is None:
+    if arguments.command is None and not arguments.version:
         parser.print_help()
         return 2
     try:
+        if arguments.version:
+            return _print_version()
         return arguments.run(arguments)
     except UsageError as error:
         return _complain(error, 2)
@@ -84,6 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"not enough memory: {error}", 1)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
+
+
+def _print_version() -> int:
+    from importlib.metadata import version
+
+    sys.stdout.write(f"blocksparse {version('blocksparse')}\n")
+    sys.stdout.flush()  # an error of it is one of this command
+    return 0
 
 
 def _complain(error: Exception | str, status: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,6 +100,8 @@ def existing_file(text: str) -> Path:
         If there is none, naming the model files that lie next to it.
     """
     path = Path(text)
+    if not text:
+        raise UsageError("the model file has an empty name; is a variable of the shell empty?")
     if path.is_file():
         return path
     if path.is_dir():
@@ -192,14 +195,36 @@ def json_text(tree: Any) -> str:
     return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def check_target(path: Path | None) -> None:
+    """Say before the work that a file cannot be written, not after it.
+
+    Raises
+    ------
+    UsageError
+        If it is a folder, or has no folder to go to, or none that may be written to.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot write {path}: the folder {path.parent} may not be written to")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all, into a folder that is there.
 
     Raises
     ------
     UsageError
-        If the folder does not exist.
+        See `check_target`.
+    CommandError
+        If it cannot be written all the same.
     """
-    if not path.parent.is_dir():
-        raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
-    whole_file.write_whole(path, text)
+    check_target(path)
+    try:
+        whole_file.write_whole(path, text)
+    except OSError as error:  # it names the draft, which is gone
+        raise CommandError(f"cannot write {path}: {error.strerror or error}") from error

@@ -43,6 +43,8 @@ def expand(paths: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for text in paths:
         path = Path(text)
+        if not text:
+            raise UsageError("an image has an empty name; is a variable of the shell empty?")
         if path.is_dir():
             found = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
             if not found:
@@ -95,15 +97,22 @@ def inputs(
             f"{path} is no .npy array but an .npz archive of several under that name; save each "
             "with numpy.save"
         )
+    if array.size == 0:
+        raise CommandError(f"{path}: holds no image, its shape is {array.shape}")
     if array.dtype == np.uint8 and array.ndim in (2, 3):
         image = _image_of(array, preprocessing, path)
         yield str(path), _input_of(image, preprocessing, path, shape)
     elif array.dtype.kind == "f" and array.ndim in (3, 4):
         for index, one in enumerate(array.reshape(-1, *array.shape[-3:])):
             name = f"{path}[{index}]" if array.ndim == 4 else str(path)
-            if not np.isfinite(one).all():
-                raise CommandError(f"{name}: holds NaN or infinity, so there is nothing to predict")
-            yield name, _fitting(one.astype(np.float32), path, shape)
+            with np.errstate(over="ignore"):
+                values = one.astype(np.float32)
+            if not np.isfinite(values).all():
+                raise CommandError(
+                    f"{name}: holds NaN, infinity or numbers beyond float32, so there is nothing "
+                    "to predict"
+                )
+            yield name, _fitting(values, path, shape)
     else:
         raise CommandError(
             f"{path}: shape {array.shape} of {array.dtype} is neither floats (C, H, W) or "
@@ -173,6 +182,11 @@ def _open(path: Path, preprocessing: Preprocessing | None) -> Any:
     mode = "L" if _known(preprocessing).channels == "gray" else "RGB"
     try:
         with pillow.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would cut off what is above 255
+                raise CommandError(
+                    f"{path}: has pixels of more than 8 bits (Pillow's mode {image.mode}), nearly "
+                    "all of which would become white; save it with 8 bits a channel"
+                )
             return image.convert(mode)
     except (OSError, ValueError, pillow.DecompressionBombError) as error:
         raise CommandError(f"{path} is not a readable image: {error}") from error

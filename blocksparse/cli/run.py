@@ -22,8 +22,9 @@ examples:
   blocksparse run model.bsr.safetensors inputs.npy --json      float array (N, C, H, W), as it is
 
 Images are resized, cropped and normalised as the model file says (Pillow reads them:
-`pip install pillow`). A .npy array of floats, (C, H, W) or (N, C, H, W), is taken as
-the network's input as it is; one of uint8, (H, W) or (H, W, C), is an image."""
+`pip install pillow`), what is transparent as if it were not. A .npy array of floats,
+(C, H, W) or (N, C, H, W), is taken as the network's input as it is; one of uint8,
+(H, W) or (H, W, C), is an image."""
 
 
 def add_parser(commands: Any) -> None:
@@ -63,6 +64,7 @@ def command(arguments: argparse.Namespace) -> int:
     with ui.progress("predicting", steps=len(files)) as bar:
         for names, batch, done in _batches(network, files, arguments.batch):
             logits = network(batch)
+            _check(names, logits)
             results += [
                 {"image": name, "predictions": _top(network, row, arguments.top)}
                 for name, row in zip(names, logits, strict=True)
@@ -100,6 +102,16 @@ def _batches(
                 names, arrays = [], []
     if arrays:
         yield names, np.stack(arrays), len(files)
+
+
+def _check(names: list[str], logits: images.Input) -> None:
+    """Refuse what no class follows from."""
+    for name, row in zip(names, logits, strict=True):
+        if not np.isfinite(row).all():
+            raise ui.CommandError(
+                f"{name}: the network's output is not finite, so there is nothing to predict; are "
+                "the numbers of the image as large as those it was trained on?"
+            )
 
 
 def _top(network: Network, logits: images.Input, count: int) -> list[dict[str, Any]]:

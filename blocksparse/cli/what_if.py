@@ -104,8 +104,7 @@ def add_parser(commands: Any) -> None:
 
 def command(arguments: argparse.Namespace) -> int:
     """Run the command and return the exit status."""
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise ui.UsageError(f"cannot write {arguments.json}: there is no such folder")
+    ui.check_target(arguments.json)
     from blocksparse.perf import describe_machine
     from blocksparse.perf.masked_models import Choice
     from blocksparse.perf.random_masks import parse_pattern

@@ -43,7 +43,7 @@ FREE_KEYS = (
     "sparsity.allocation.path",
 )
 # Errors whose text is meant for the user; everything else is a defect and keeps its traceback.
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, MisconfigurationException)
+USER_ERRORS = (ValueError, OSError, MisconfigurationException)
 
 
 def run_job(cfg: DictConfig) -> float:
@@ -63,7 +63,7 @@ def run_job(cfg: DictConfig) -> float:
     """
     hydra = HydraConfig.get()
     folder = RunFolder(Path(hydra.runtime.output_dir))
-    single = hydra.mode == RunMode.RUN
+    single, is_new = hydra.mode == RunMode.RUN, cfg.resume is None
     _log.info("overrides: %s", " ".join(hydra.overrides.task) or "none")
     try:
         devices = OmegaConf.select(cfg, "trainer.devices", default=1)
@@ -87,14 +87,18 @@ def run_job(cfg: DictConfig) -> float:
             command = command_line(hydra.overrides.task)
         return _run_task(cfg, folder, checkpoint, command)
     except (KeyboardInterrupt, SystemExit):
-        if any(path.exists() for path in (*map(folder.last, STAGES), folder.scan)):
+        if _can_go_on(folder):
             console.print(f"Interrupted. Go on with: python train.py resume={folder}")
         raise
     except USER_ERRORS as error:
         _log.info("traceback", exc_info=True)
-        console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-        if not _remove_unstarted(folder):
+        nameless = isinstance(error, OSError) and not error.filename
+        text = f"{error}, writing to {folder}" if nameless else str(error)
+        console.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+        if not _remove_unstarted(folder, is_new):
             console.print(f"The traceback is in {folder}/run.log", style="dim", soft_wrap=True)
+            if isinstance(error, OSError) and _can_go_on(folder):  # such as a full disk
+                console.print(f"When that is mended: python train.py resume={folder}")
         if single:
             sys.exit(1)
         raise  # Hydra goes on with the other jobs of the sweep, and reports this one at the end
@@ -115,16 +119,23 @@ def _run_task(
     raise ValueError(f"task.name={name}: choose task=train, task=sensitivity or task=allocate")
 
 
-def _remove_unstarted(folder: RunFolder) -> bool:
+def _can_go_on(folder: RunFolder) -> bool:
+    """Whether a run left something to go on from."""
+    return any(path.exists() for path in (*map(folder.last, STAGES), folder.scan))
+
+
+def _remove_unstarted(folder: RunFolder, is_new: bool) -> bool:
     """Remove the folder of a run that never began, and say whether it is gone.
 
-    Hydra makes it before the configuration is looked at; a log alone is nothing to keep.
+    Hydra makes it before the configuration is looked at; what was asked for, and a log, are nothing
+    to keep of a run that is new.
     """
     path = folder.path.resolve()
     here = Path.cwd()
     if not path.is_dir() or path == here or path in here.parents:
         return False
-    if {entry.name for entry in path.iterdir()} - {"run.log", ".hydra"}:
+    asked = {folder.config.name, folder.command.name} if is_new else set()
+    if {entry.name for entry in path.iterdir()} - {"run.log", ".hydra"} - asked:
         return False
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler) and path in Path(handler.baseFilename).parents:
@@ -156,8 +167,7 @@ def resumed_config(
     ValueError
         If an override would make it another run, or its key is not in the configuration.
     """
-    cfg = OmegaConf.load(folder.config)
-    assert isinstance(cfg, DictConfig)
+    cfg = folder.read_config()
     OmegaConf.set_struct(cfg, True)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.key_or_group

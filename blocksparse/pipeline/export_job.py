@@ -15,6 +15,7 @@ from blocksparse.pipeline.console import console, key_values, say
 from blocksparse.pipeline.setup import check_export, export_block
 from blocksparse.pipeline.source import Source, find
 from blocksparse.sparsity import Pattern, checkpoint_patterns
+from blocksparse.training.weights import read_content
 
 __all__ = ["run"]
 
@@ -75,8 +76,7 @@ def _patterns(checkpoint: Path) -> dict[str, Pattern]:
     """Return what the checkpoint says its weights were pruned to, maybe nothing."""
     if checkpoint.suffix == ".safetensors":
         return {}
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    return checkpoint_patterns(content)
+    return checkpoint_patterns(read_content(checkpoint))
 
 
 def _print(report: ExportReport, origin: str) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 __all__ = ["STAGES", "RunFolder", "register_resolvers", "resume_point"]
 
@@ -42,6 +42,25 @@ class RunFolder:
         """Return the path as one would type it here."""
         here = Path.cwd()
         return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
+
+    def read_config(self) -> DictConfig:
+        """Read the configuration the run was started with.
+
+        Raises
+        ------
+        ValueError
+            If it is damaged.
+        """
+        try:
+            config = OmegaConf.load(self.config)
+        except Exception as error:  # those of YAML's parser, of OmegaConf, of text that is none
+            raise ValueError(f"{self.config}: is damaged: {error}") from error
+        if not isinstance(config, DictConfig) or not config:
+            raise ValueError(
+                f"{self.config}: is damaged, it is not the configuration of a run; take that of a "
+                "run with the same command, or start anew"
+            )
+        return config
 
     @property
     def model(self) -> Path:

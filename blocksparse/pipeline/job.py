@@ -38,6 +38,7 @@ from blocksparse.sparsity import Plan, checkpoint_plan
 from blocksparse.sparsity.state import STATE_KEY
 from blocksparse.training import load_weights, read_weights
 from blocksparse.training.sparsity_callback import SparsityCallback
+from blocksparse.training.weights import read_content
 from blocksparse.whole_file import write_whole
 
 __all__ = ["run"]
@@ -177,7 +178,7 @@ class _Job:
         teacher = dense
         if self._finished("sparse"):
             load_weights(network, read_weights(target), source=str(target))
-            plan = checkpoint_plan(torch.load(target, weights_only=True))
+            plan = checkpoint_plan(read_content(target))
             assert plan is not None  # written below, together with the weights
             return network.eval(), plan
         if is_set(self.cfg.get("permutation")):

@@ -109,8 +109,7 @@ def _run_source(cfg: DictConfig) -> Source:
             + ". Name the folder of a finished run, or go on with this one: "
             f"python train.py resume={folder.path}"
         )
-    config = OmegaConf.load(folder.config)
-    assert isinstance(config, DictConfig)
+    config = folder.read_config()
     data = build_data(config)
     # The weights it started from are not needed, and a file may be gone. The name of weights of
     # torchvision stays: with it, two networks transform their input.

@@ -19,6 +19,7 @@ from blocksparse.pipeline.folders import RunFolder
 from blocksparse.pipeline.progress import StageProgress
 from blocksparse.pipeline.setup import build, is_first_process, is_set
 from blocksparse.training import Classifier, ImageData
+from blocksparse.training.weights import check_whole
 from blocksparse.whole_file import draft_of
 
 __all__ = ["TITLES", "Stage", "save_weights"]
@@ -91,6 +92,8 @@ class Stage:
         if compile_steps and is_first_process():
             say("the first step compiles the network, which may take some minutes")
         _log.info("stage %s%s", self.name, f" from {resume}" if resume else "")
+        if resume is not None:
+            check_whole(resume)
         trainer.fit(module, datamodule=data, ckpt_path=resume)
         for left in (network, *([] if teacher is None else [teacher])):
             # As it would be when read from its checkpoint, where a resumed run takes it from.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import queue
 import threading
@@ -12,6 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .locks import Lock
+
+_log = logging.getLogger(__name__)
 
 _Call = tuple[Callable[..., None], int, tuple[Any, ...]]
 
@@ -37,6 +40,7 @@ class Helpers:
         # call, this 10; at 90 % sparsity a ResNet-18 takes 2700.
         self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._refused = False  # the system gave no more; asked again after `close`
         self._avoided: tuple[int, int] | None = None
         if self._process != os.getpid():  # whom the parent process asked for never comes
             self.pending[0] = self.pending[1]
@@ -61,18 +65,29 @@ class Helpers:
             if self._process != os.getpid():  # threads do not survive a fork
                 self._end.detach()
                 self._reset()
-            while len(self._threads) < max(numbers):
-                name = f"blocksparse-{len(self._threads)}"
-                # daemons: a process may end while they wait for work
-                thread = threading.Thread(
-                    target=_serve, args=(self._queue,), name=name, daemon=True
-                )
-                thread.start()
-                self._threads.append(thread)
+            self._grow(max(numbers))
+            if not self._threads:
+                return
             self._keep_off(_core())
-            for number in numbers:
+            for number in numbers[: len(self._threads)]:
                 self._queue.put((work, number, arguments))
                 self.pending[0] += 1
+
+    def _grow(self, count: int) -> None:
+        """Start threads until there are so many, or the system refuses: others do their work."""
+        while len(self._threads) < count and not self._refused:
+            name = f"blocksparse-{len(self._threads)}"
+            # daemons: a process may end while they wait for work
+            thread = threading.Thread(target=_serve, args=(self._queue,), name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                self._refused = True
+                _log.warning(
+                    "going on with %d of %d threads: %s", len(self._threads) + 1, count + 1, error
+                )
+                return
+            self._threads.append(thread)
 
     def close(self) -> None:
         """End the threads; the next call of `start` makes new ones."""

@@ -18,6 +18,10 @@ _FLOAT32 = np.dtype(np.float32)
 
 _log = logging.getLogger(__name__)
 
+MOST_THREADS = 256
+"""Threads a call may use, or one per core where there are more: on two cores one with 10,000 took
+20 seconds."""
+
 EngineName = Literal["auto", "compiled", "reference"]
 
 
@@ -99,8 +103,9 @@ class Network:
 
     @threads.setter
     def threads(self, count: int) -> None:
-        if type(count) is not int or count < 1:
-            raise ValueError(f"threads must be an integer of at least 1, is {count!r}")
+        most = max(MOST_THREADS, usable_cores())
+        if type(count) is not int or not 1 <= count <= most:
+            raise ValueError(f"threads must be an integer of 1 to {most}, is {count!r}")
         self._threads = count
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,19 +68,7 @@ def read_weights(path: str | Path, key: str = "model.weights") -> dict[str, Tens
         raise WeightsError(f"{path}: weights are read from files named {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such weights file; check {key}")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path}: is damaged, or holds Python objects besides tensors, and unpickling those "
-            "could run any code. Save only the state dict (torch.save(model.state_dict(), ...)), "
-            "or convert the file to .safetensors where you trust it"
-        ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError) as error:
-        raise WeightsError(f"{path}: cannot be read, it may be cut short: {error}") from error
+    content = read_content(path)
     state = _find_state(content)
     if state is None:
         raise WeightsError(
@@ -90,6 +79,56 @@ def read_weights(path: str | Path, key: str = "model.weights") -> dict[str, Tens
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
+
+
+def read_content(path: Path) -> Any:
+    """Read all that a file of weights holds.
+
+    Raises
+    ------
+    WeightsError
+        The file is damaged, or holds more than tensors and plain values.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path}: is damaged, or holds Python objects besides tensors, and unpickling those "
+            "could run any code. Save only the state dict (torch.save(model.state_dict(), ...)), "
+            "or convert the file to .safetensors where you trust it"
+        ) from error
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: cannot be read, it may be cut short: {error}") from error
+    except Exception as error:  # of junk, PyTorch raises whatever its bytes lead to
+        raise WeightsError(
+            f"{path}: is damaged or cut short, and cannot be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def check_whole(path: Path) -> None:
+    """Check that a checkpoint was not damaged or cut short, without reading what it holds.
+
+    Raises
+    ------
+    WeightsError
+        It was.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # PyTorch's format
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise WeightsError(_damaged(path, str(error))) from error
+    if damaged is not None:
+        raise WeightsError(_damaged(path, f"wrong checksum of {damaged}"))
+
+
+def _damaged(path: Path, why: str) -> str:
+    return (
+        f"{path}: is damaged or cut short ({why}), so nothing can go on from it. Remove it: then "
+        "its stage is trained anew, from the last checkpoint before"
+    )
 
 
 def load_weights(

@@ -86,6 +86,26 @@ class Watch:
         assert self.items == expected
 
 
+def test_a_system_that_gives_no_thread_leaves_the_work_to_the_caller(network, caplog, monkeypatch):
+    """Told once, and asked again after `close`."""
+    engine, x, expected = network
+    engine.close()
+
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Thread, "start", refuse)
+        for _ in range(3):
+            np.testing.assert_array_equal(engine.run(x, 2), expected)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["going on with 1 of 2 threads: can't start new thread"]
+    assert not engine._helpers._threads
+    engine.close()
+    np.testing.assert_array_equal(engine.run(x, 2), expected)
+    assert len(engine._helpers._threads) == 1
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7, 8, 9, 20])
 def test_helpers_that_never_come_leave_their_queues_to_the_caller(network, engine, threads):
     _, images, expected = network

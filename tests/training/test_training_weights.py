@@ -22,6 +22,7 @@ from blocksparse.training import (
     load_weights,
     read_weights,
 )
+from blocksparse.training.weights import check_whole
 
 
 def network(seed: int = 0, num_classes: int = 10) -> ResNetCifar:
@@ -226,6 +227,28 @@ def test_cut_short(tmp_path, suffix, keep):
     path.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
     with pytest.raises(WeightsError, match=f"weights{suffix}: "):
         read_weights(path)
+
+
+@pytest.mark.parametrize("content", [b"junk", b"PK", bytes(range(256))])
+def test_junk(tmp_path, content):
+    (tmp_path / "weights.ckpt").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"weights\.ckpt: is damaged"):
+        read_weights(tmp_path / "weights.ckpt")
+
+
+@pytest.mark.parametrize("damage", ["none", "cut", "flipped", "junk"])
+def test_a_checkpoint_that_nothing_can_go_on_from_is_found(tmp_path, damage):
+    path = tmp_path / "last_sparse.ckpt"
+    torch.save({"state_dict": network().state_dict(), "epoch": 3}, path)
+    content = bytearray(path.read_bytes())
+    if damage == "none":
+        check_whole(path)
+        return
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+    path.write_bytes({"cut": content[:-30], "flipped": content, "junk": b"junk"}[damage])
+    with pytest.raises(WeightsError, match=r"last_sparse\.ckpt: is damaged .* Remove it"):
+        check_whole(path)
 
 
 def test_not_weights(tmp_path):
