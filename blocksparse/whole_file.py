@@ -8,7 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["draft_of", "write_whole", "write_whole_bytes"]
+__all__ = ["check_place", "draft_of", "write_whole", "write_whole_bytes"]
+
+
+def check_place(path: Path) -> None:
+    """Find out before the work whether a file can be written to its place, its folder be made.
+
+    Raises
+    ------
+    IsADirectoryError, NotADirectoryError, PermissionError
+        Where not, with the path and what is in the way.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name the file that is to be written")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {folder} is a file, not a folder")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {folder} may not be written to")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -31,7 +31,7 @@ def test_an_empty_name_is_not_the_current_folder(file, capsys, arguments):
 def test_a_place_for_json_that_cannot_be_is_said_before_the_work(file, tmp_path, capsys, command):
     status, _, error = call(capsys, command, str(file), "--json", str(tmp_path))
     assert status == 2
-    assert f"cannot write {tmp_path}: it is a folder" in error
+    assert f"{tmp_path} is a folder; name the file" in error
 
 
 def test_an_output_that_is_not_finite_is_no_prediction(file, tmp_path, capsys):

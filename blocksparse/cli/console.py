@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -205,12 +204,12 @@ def check_target(path: Path | None) -> None:
     """
     if path is None:
         return
-    if path.is_dir():
-        raise UsageError(f"cannot write {path}: it is a folder; name a file in it")
     if not path.parent.is_dir():
         raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"cannot write {path}: the folder {path.parent} may not be written to")
+    try:
+        whole_file.check_place(path)
+    except OSError as error:
+        raise UsageError(str(error)) from error
 
 
 def write_whole(path: Path, text: str) -> None:

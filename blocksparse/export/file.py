@@ -18,6 +18,7 @@ from blocksparse.export.report import ExportReport, Verification
 from blocksparse.export.verify import verify
 from blocksparse.format import Preprocessing, write
 from blocksparse.sparsity.patterns import Pattern
+from blocksparse.whole_file import check_place
 
 _log = logging.getLogger(__name__)
 
@@ -74,8 +75,8 @@ def export_file(
         A weight holds NaN or infinity.
     FormatError
         `provenance` cannot be said in JSON.
-    IsADirectoryError
-        `path` or `report_path` is a folder.
+    IsADirectoryError, NotADirectoryError, PermissionError
+        `path` or `report_path` cannot be written to.
     VerificationError
         The file does not compute what the model computes; no file is left under the final name.
     """
@@ -85,8 +86,8 @@ def export_file(
         )
     path = Path(path)
     for target in (path, report_path):
-        if target is not None and Path(target).is_dir():  # said before the work, not after it
-            raise IsADirectoryError(f"{target} is a folder; name the file that is to be written")
+        if target is not None:
+            check_place(Path(target))  # before the work, and before anything is replaced
     converted = convert(
         model,
         tuple(inputs.shape[1:]),

@@ -65,6 +65,17 @@ def test_squeezenet(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["path", "report_path"])
+def test_a_place_below_a_file_is_refused_before_anything_is_replaced(tmp_path, key):
+    paths = {"path": tmp_path / "net.bsr.safetensors", "report_path": tmp_path / "report.json"}
+    for path in paths.values():
+        path.write_text("as it was")
+    below = {**paths, key: tmp_path / "report.json" / "folder" / "file"}
+    with pytest.raises(NotADirectoryError, match=r"report\.json is a file, not a folder"):
+        export_file(nn.Flatten(), inputs=images(1, 3, 8, 8), **below)
+    assert [path.read_text() for path in paths.values()] == ["as it was"] * 2
+
+
+@pytest.mark.parametrize("key", ["path", "report_path"])
 def test_a_folder_is_no_file_to_write(tmp_path, key):
     paths = {"path": tmp_path / "net.bsr.safetensors", key: tmp_path}
     with pytest.raises(IsADirectoryError, match="is a folder; name the file"):
