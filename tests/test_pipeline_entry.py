@@ -126,6 +126,19 @@ def test_a_sweep_on_several_devices_is_refused(
         entry.run_job(cfg)
 
 
+def test_a_run_that_is_there_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It may have begun a moment ago, in another process, and hold nothing but what was asked."""
+    folder = RunFolder(tmp_path / "0")
+    folder.path.mkdir()
+    folder.config.write_text("seed: 3\n")
+    runtime = SimpleNamespace(output_dir=str(folder.path), choices={})
+    hydra = Hydra(RunMode.RUN, SimpleNamespace(task=[]), runtime)
+    monkeypatch.setattr(entry.HydraConfig, "get", lambda: hydra)
+    with pytest.raises(SystemExit):
+        entry.run_job(OmegaConf.create({"resume": None}))
+    assert folder.config.read_text() == "seed: 3\n"
+
+
 def test_resumed_job_keeps_the_command_of_its_beginning(
     given: Callable[..., list[str | None]], folder: RunFolder
 ) -> None:

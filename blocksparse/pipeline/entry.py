@@ -63,7 +63,9 @@ def run_job(cfg: DictConfig) -> float:
     """
     hydra = HydraConfig.get()
     folder = RunFolder(Path(hydra.runtime.output_dir))
-    single, is_new = hydra.mode == RunMode.RUN, cfg.resume is None
+    single = hydra.mode == RunMode.RUN
+    # Whether all that may lie in the folder later is this job's own.
+    is_new = cfg.resume is None and not folder.config.exists() and is_first_process()
     _log.info("overrides: %s", " ".join(hydra.overrides.task) or "none")
     try:
         devices = OmegaConf.select(cfg, "trainer.devices", default=1)
