@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from blocksparse import image_files
 from blocksparse.cli.console import CommandError, UsageError
 from blocksparse.format.ops import MAX_VALUE
 
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Input: TypeAlias = npt.NDArray[np.float32]
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-SUFFIXES = (".npy", *IMAGE_SUFFIXES)
+SUFFIXES = (".npy", *image_files.SUFFIXES)
 PILLOW_MISSING = (
     "reading and resizing images needs Pillow, which is not installed; "
     "`pip install pillow`, or give float32 .npy arrays"
@@ -178,18 +178,13 @@ def _target_size(size: tuple[int, int], resize: tuple[int, int] | int) -> tuple[
 
 
 def _open(path: Path, preprocessing: Preprocessing | None) -> Any:
-    pillow = _pillow()
-    mode = "L" if _known(preprocessing).channels == "gray" else "RGB"
+    channels = 1 if _known(preprocessing).channels == "gray" else 3
     try:
-        with pillow.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would cut off what is above 255
-                raise CommandError(
-                    f"{path}: has pixels of more than 8 bits (Pillow's mode {image.mode}), nearly "
-                    "all of which would become white; save it with 8 bits a channel"
-                )
-            return image.convert(mode)
-    except (OSError, ValueError, pillow.DecompressionBombError) as error:
-        raise CommandError(f"{path} is not a readable image: {error}") from error
+        return image_files.read_image(path, channels)
+    except ImportError as error:
+        raise CommandError(PILLOW_MISSING) from error
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def _image_of(pixels: Pixels, preprocessing: Preprocessing | None, path: Path) -> Any:

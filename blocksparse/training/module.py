@@ -196,6 +196,39 @@ class Classifier(LightningModule):
             if group["weight_decay"]:
                 group["weight_decay"] = self.optimization.weight_decay_at(time)
 
+    def on_train_batch_end(self, outputs: Any, batch: object, batch_idx: int) -> None:
+        """Stop a training that diverged, as often as Lightning logs: a GPU has to be waited for.
+
+        Raises
+        ------
+        ValueError
+            The loss is not finite. What the last epochs left stays.
+        """
+        often = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if (batch_idx + 1) % often and not self.trainer.is_last_batch:
+            return
+        if not torch.isfinite(outputs["loss"]).all():
+            raise ValueError(f"the loss is {float(outputs['loss'])} {self._diverged()}")
+
+    def on_train_end(self) -> None:
+        """Refuse weights that the last step made NaN or infinite.
+
+        Raises
+        ------
+        ValueError
+            Some are.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"{name} is not finite {self._diverged()}")
+
+    def _diverged(self) -> str:
+        return (
+            f"after step {self.global_step}, in epoch {self.current_epoch + 1}: the training "
+            "diverged. Lower the optimizer's lr, lengthen its warmup, or set "
+            "trainer.gradient_clip_val, and start anew"
+        )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the teacher's fingerprint and half-accumulated gradients."""
         if self._teacher:

@@ -312,3 +312,26 @@ def test_layers_in_evaluation_mode_stay_so():
     model = network()
     model.bn1.eval()
     assert not Classifier(model).model.bn1.training
+
+
+@pytest.mark.parametrize("spoiled", [1, 3], ids=["within the epoch", "in its last step"])
+def test_a_training_that_diverges_stops(spoiled):
+    class Spoil(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if batch_idx == spoiled:
+                module.model.conv1.weight.data.fill_(math.nan)
+
+    module = Classifier(network())
+    stopping = trainer(callbacks=[Spoil()], log_every_n_steps=2, max_epochs=2)
+    with pytest.raises(ValueError, match=r"the loss is nan after step [24], .* diverged"):
+        stopping.fit(module, datamodule=Digits())
+    assert stopping.current_epoch == 0
+
+
+def test_weights_that_the_last_step_spoils_are_refused():
+    class Spoil(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            module.model.linear.bias.data[0] = math.inf
+
+    with pytest.raises(ValueError, match=r"linear\.bias is not finite after step 4"):
+        trainer(callbacks=[Spoil()]).fit(Classifier(network()), datamodule=Digits())

@@ -13,10 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from blocksparse.image_files import SUFFIXES, read_image
 from blocksparse.training.data.order import BatchKey, stream_seed
-
-#: File names that are taken for images.
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
 def class_names(folder: Path) -> list[str]:
@@ -43,21 +41,6 @@ def list_images(folder: Path, classes: Sequence[str]) -> tuple[list[Path], Tenso
         paths += found
         labels += [label] * len(found)
     return paths, torch.tensor(labels)
-
-
-def read_image(path: Path, channels: int) -> Image.Image:
-    """Decode a file to three channels (RGB) or one (grey).
-
-    Raises
-    ------
-    ValueError
-        The file is not an image or is damaged.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB" if channels == 3 else "L")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be decoded: {error}. Remove or replace it") from error
 
 
 def to_pixels(image: Image.Image) -> Tensor:
