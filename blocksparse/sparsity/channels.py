@@ -120,7 +120,8 @@ def find_channels(network: nn.Module, input_shape: Sequence[int]) -> Channels:
         first_line = str(error).strip().split("\n")[0]
         reason = f"the network could not be traced ({type(error).__name__}: {first_line})"
         logger.warning("channels keep their order: %s", reason)
-        return Channels((), {reason: ledger.count})
+        weights = [weight for weight in network.parameters() if weight.ndim > 1]
+        return Channels((), {reason: sum(len(weight) for weight in weights)})
     return Channels(tuple(_groups(ledger)), dict(ledger.reasons))
 
 

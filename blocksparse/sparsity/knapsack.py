@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array
 
 _EXCESS = 1e-6
 """By how much of itself a limit may be exceeded: what HiGHS takes for zero."""
@@ -91,7 +92,8 @@ def solve(
     Returns
     -------
     Solution
-        Its limits are kept but for a millionth of each.
+        Its limits are kept but for a millionth of each, and of what lies between it and the least
+        that there could be.
 
     Raises
     ------
@@ -121,14 +123,17 @@ def solve(
     group = np.repeat(np.arange(len(sizes)), sizes)
     one_each = csr_array((np.ones(len(group)), (group, np.arange(len(group)))))
     constraints = [LinearConstraint(one_each, 1.0, 1.0)]
+    possible = np.ones(len(group), dtype=bool)
     if limits:
-        rows, tops = zip(*map(_scaled, limits), strict=True)
-        constraints.append(LinearConstraint(vstack(rows), -np.inf, np.array(tops)))
+        rows = np.stack([_excess(limit) for limit in limits])
+        possible = np.all(rows <= 1.0, axis=0)
+        rows[:, ~possible] = 0.0
+        constraints.append(LinearConstraint(csr_array(rows), -np.inf, 1.0))
     scale = float(np.abs(objective).max()) or 1.0
     result = milp(
         objective / scale,
         integrality=np.ones(len(objective)),
-        bounds=Bounds(0.0, 1.0),
+        bounds=Bounds(0.0, possible),
         constraints=constraints,
         options={"mip_rel_gap": 0.0, "time_limit": seconds},
     )
@@ -144,11 +149,17 @@ def solve(
     return Solution(chosen, loss, min(float(result.mip_dual_bound) * scale, loss))
 
 
-def _scaled(limit: Limit) -> tuple[csr_array, float]:
-    """Return a limit as a row, its largest cost 1: HiGHS has absolute tolerances."""
-    row = np.concatenate([np.asarray(group, dtype=float) for group in limit.costs])
-    scale = max(float(np.abs(row).max()), abs(limit.most)) or 1.0
-    return csr_array(row[None] / scale), limit.most / scale
+def _excess(limit: Limit) -> npt.NDArray[np.float64]:
+    """Return what each choice costs more than its group's least, as a share of what may be.
+
+    HiGHS has absolute tolerances, and takes coefficients below 1e-9 for none. Of these shares the
+    chosen must not sum to more than 1, and no choice above 1 can be one of them: what is left is
+    neither large nor, where it counts, small.
+    """
+    costs = [np.asarray(group, dtype=float) for group in limit.costs]
+    room = limit.most + _EXCESS * abs(limit.most) - sum(group.min() for group in costs)
+    more = np.concatenate([group - group.min() for group in costs])
+    return more / room if room > 0 else np.where(more > 0, np.inf, 0.0)
 
 
 def _check(

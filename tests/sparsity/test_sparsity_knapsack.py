@@ -63,6 +63,42 @@ def test_finds_what_trying_everything_finds(
     assert found.gap <= 1e-4
 
 
+@st.composite
+def uneven_problems(draw: st.DrawFn) -> tuple[list[list[float]], list[Limit]]:
+    """Costs over sixteen orders of magnitude, and limits that some choice just keeps."""
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    value = st.builds(lambda m, e: m * 10.0**e, st.floats(0.1, 1.0), st.integers(-8, 8))
+
+    def table() -> list[list[float]]:
+        return [[draw(value) for _ in range(size)] for size in sizes]
+
+    limits = []
+    for index in range(draw(st.integers(1, 2))):
+        costs = table()
+        most = sum(draw(st.sampled_from(group)) for group in costs)
+        limits.append(Limit(f"limit {index}", costs, most))
+    losses = [[draw(st.floats(0.0, 10.0)) for _ in range(size)] for size in sizes]
+    return losses, limits
+
+
+@given(problem=uneven_problems())
+@settings(max_examples=60, deadline=None)
+def test_costs_of_very_different_size(problem: tuple[list[list[float]], list[Limit]]) -> None:
+    losses, limits = problem
+    # Rounding must not decide whether a choice keeps a limit.
+    expected = best(
+        losses, [Limit(each.name, each.costs, each.most * (1 + 1e-12)) for each in limits]
+    )
+    if expected == math.inf:
+        return
+    found = solve(losses, limits)
+    assert found.bound <= expected + 1e-4
+    assert found.loss <= expected + 1e-4
+    for limit in limits:
+        total = sum(g[i] for g, i in zip(limit.costs, found.chosen, strict=True))
+        assert total <= limit.most * (1 + 3e-6)
+
+
 def test_small_units_count_as_much_as_large_ones() -> None:
     # Milliseconds of a tiny layer, and weights of a large one: HiGHS has absolute tolerances.
     for unit in (1e-6, 1.0, 1e9):
