@@ -10,7 +10,7 @@ import hydra
 from omegaconf import DictConfig
 
 from blocksparse.pipeline.folders import register_resolvers
-from blocksparse.pipeline.program import call
+from blocksparse.pipeline.program import call, importing
 
 register_resolvers()
 
@@ -18,7 +18,8 @@ register_resolvers()
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float:
     """Run one job and return an accuracy, 0..1, for sweepers: that of the exported network."""
-    from blocksparse.pipeline.entry import run_job  # imports torch: `--help` need not wait for it
+    with importing():  # here, as `--help` need not wait for PyTorch
+        from blocksparse.pipeline.entry import run_job
 
     return run_job(cfg)
 

@@ -270,7 +270,7 @@ def test_run_refuses_a_text_called_image(file, tmp_path, capsys):
 
 def test_bench_writes_figures_that_agree_with_each_other(file, tmp_path, capsys):
     target = tmp_path / "figures.json"
-    arguments = ("--batch", "1,3", "--rounds", "3", "--threads", "1", "--json", target)
+    arguments = ("--batch", "1,3", "--rounds", "3", "--threads", "1", "--save", target)
     status, out, _ = call(capsys, "bench", file, *arguments)
     facts = json.loads(target.read_text())
     assert status == 0

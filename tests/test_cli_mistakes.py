@@ -28,8 +28,8 @@ def test_an_empty_name_is_not_the_current_folder(file, capsys, arguments):
 
 
 @pytest.mark.parametrize("command", ["bench", "what-if"])
-def test_a_place_for_json_that_cannot_be_is_said_before_the_work(file, tmp_path, capsys, command):
-    status, _, error = call(capsys, command, str(file), "--json", str(tmp_path))
+def test_a_place_to_save_at_that_cannot_be_is_said_before_the_work(file, tmp_path, capsys, command):
+    status, _, error = call(capsys, command, str(file), "--save", str(tmp_path))
     assert status == 2
     assert f"{tmp_path} is a folder; name the file" in error
 

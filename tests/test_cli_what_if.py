@@ -33,7 +33,7 @@ def found():
 def test_tables_advice_and_json_of_a_file(file, tmp_path, capsys):
     target = tmp_path / "figures.json"
     options = ("--pattern", "block4x4", "--sparsity", "0.75,0.25", "--threads", "1", "--rounds", 2)
-    status, out, err = call(capsys, "what-if", file, *options, "--json", target)
+    status, out, err = call(capsys, "what-if", file, *options, "--save", target)
     assert (status, err) == (0, "")
     for text in (
         "small.bsr.safetensors: block 4x4 shared, batch 1, 1 thread",
@@ -57,7 +57,7 @@ def test_tables_advice_and_json_of_a_file(file, tmp_path, capsys):
 def test_layers_can_be_left_dense_or_not(file, tmp_path, capsys):
     target = tmp_path / "figures.json"
     options = ("--pattern", "nm2:4", "--rounds", 1, "--prune-classifier", "--dense", "body,tai*")
-    status, out, _ = call(capsys, "what-if", file, *options, "--json", target)
+    status, out, _ = call(capsys, "what-if", file, *options, "--save", target)
     assert status == 0
     assert "left dense, in dense: body, tail" in out
     assert [layer["name"] for layer in json.loads(target.read_text())["layers"]] == ["fc"]
@@ -87,7 +87,7 @@ def test_a_name_of_no_network_is_one_line_with_near_ones(capsys):
         (("--pattern", "block"), 2, "there is no pattern 'block'; there are block8x8"),
         (("--pattern", "nm2:4", "--sparsity", "0.75"), 2, "2:4 has one sparsity, 0.5"),
         (("--size", "32"), 2, "a file's input size is fixed"),
-        (("--json", "no/such/folder.json"), 2, "there is no folder"),
+        (("--save", "no/such/folder.json"), 2, "there is no folder"),
         (("--dense", "bodi"), 1, "Did you mean body?"),
         (("--pattern", "block64x64"), 1, "no layer is left to prune with block 64x64 shared"),
     ],

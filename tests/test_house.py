@@ -28,6 +28,7 @@ EVERYTHING = {
     "export",
     "pipeline",
     "report",
+    "image_files",
     "whole_file",
 }
 OURS: dict[str, set[str]] = {
@@ -35,11 +36,12 @@ OURS: dict[str, set[str]] = {
     "format": set(),
     "runtime": {"format", "whole_file"},
     "perf": {"format", "runtime", "whole_file"},
-    "cli": {"format", "runtime", "perf", "report", "whole_file"},
+    "cli": {"format", "runtime", "perf", "report", "image_files", "whole_file"},
     "sparsity": {"whole_file"},
-    "training": {"sparsity"},
+    "training": {"sparsity", "image_files"},
     "export": {"sparsity", "format", "runtime", "whole_file"},
     "report": {"whole_file"},
+    "image_files": set(),
     "whole_file": set(),
     "pipeline": EVERYTHING,
 }
@@ -54,6 +56,7 @@ THEIRS: dict[str, set[str]] = {
     "training": TRAINING,
     "export": {"numpy", "torch"},
     "report": {"rich"},
+    "image_files": {"PIL"},
     "whole_file": set(),
     "pipeline": TRAINING | {"hydra", "omegaconf", "matplotlib"},
 }

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from torch.utils.data import DataLoader, Dataset
 
 from blocksparse.pipeline import entry
 from blocksparse.pipeline.entry import resumed_config
@@ -82,6 +83,31 @@ class Hydra(NamedTuple):
     mode: RunMode
     overrides: SimpleNamespace
     runtime: SimpleNamespace
+
+
+class BadImages(Dataset[int]):
+    """Images of which none can be read."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        raise ValueError("a.png is not a readable image")
+
+
+def test_an_error_of_a_process_that_loads_data_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def job(*arguments: object) -> None:
+        next(iter(DataLoader(BadImages(), num_workers=1)))
+
+    runtime = SimpleNamespace(output_dir=str(tmp_path / "0"), choices={})
+    hydra = Hydra(RunMode.RUN, SimpleNamespace(task=[]), runtime)
+    monkeypatch.setattr(entry.HydraConfig, "get", lambda: hydra)
+    monkeypatch.setattr(entry, "run", job)
+    with pytest.raises(SystemExit):
+        entry.run_job(OmegaConf.create({"resume": None}))
+    assert capsys.readouterr().out.splitlines()[0] == "error: a.png is not a readable image"
 
 
 @pytest.fixture
@@ -157,7 +183,16 @@ def train(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-MISTAKES = ["model.name=resnet21", "resume=/nope", "data=image_folder", "paths.runs=elsewhere"]
+MISTAKES = [
+    "model.name=resnet21",
+    "resume=/nope",
+    "data=image_folder",
+    "paths.runs=elsewhere",
+    "report.rounds=many",
+    "+foo=1",
+    "name=",
+    "seed=-1",
+]
 
 # Runs train.py once per line of arguments, each time in a folder of its own and a process of its
 # own, forked after the imports, which take longer than all the rest.
@@ -227,6 +262,7 @@ def test_mistake_is_one_line_and_leaves_nothing_behind(
     assert done.status == 1
     assert done.out.startswith("error: ")
     assert "run.log" not in done.out
+    assert "writing to" not in done.out  # it is of what was typed, not of the disk
     assert "Traceback" not in done.out + done.err
     assert not list(done.folder.iterdir())
 

@@ -23,7 +23,7 @@ EPILOG = """\
 examples:
   blocksparse bench model.bsr.safetensors                       one image at a time
   blocksparse bench model.bsr.safetensors --batch 1,4,16 --threads 1
-  blocksparse bench model.bsr.safetensors --rounds 100 --json figures.json
+  blocksparse bench model.bsr.safetensors --rounds 100 --save figures.json
 
 Each batch size gets its turn in every round, so that a change of the machine's speed hits all of
 them alike. ms is the median time of one call on the whole batch, with quartiles. Useful GFLOP/s
@@ -91,7 +91,9 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="timed calls per batch size, at least (20); small networks get more",
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures as JSON, too")
+    parser.add_argument(
+        "--save", type=Path, metavar="PATH", help="also write the figures there, as JSON"
+    )
     ui.add_engine_arguments(parser)
     parser.set_defaults(run=command)
 
@@ -99,7 +101,7 @@ def add_parser(commands: Any) -> None:
 def command(arguments: argparse.Namespace) -> int:
     """Run the command and return the exit status."""
     path = ui.existing_file(arguments.file)
-    ui.check_target(arguments.json)
+    ui.check_target(arguments.save)
     from blocksparse.perf import describe_machine
     from blocksparse.runtime import load
 
@@ -111,8 +113,8 @@ def command(arguments: argparse.Namespace) -> int:
         )
     machine = describe_machine()
     _show(path, network, speeds, machine)
-    if arguments.json is not None:
-        ui.write_whole(arguments.json, ui.json_text(_facts(path, network, speeds, machine)))
+    if arguments.save is not None:
+        ui.write_whole(arguments.save, ui.json_text(_facts(path, network, speeds, machine)))
     network.close()
     return 0
 

@@ -98,13 +98,15 @@ def add_parser(commands: Any) -> None:
         "--rounds", type=ui.positive, default=20, metavar="N", help="timed calls of each (20)"
     )
     parser.add_argument("--all", action="store_true", help="show every layer, not the slowest only")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures as JSON, too")
+    parser.add_argument(
+        "--save", type=Path, metavar="PATH", help="also write the figures there, as JSON"
+    )
     parser.set_defaults(run=command)
 
 
 def command(arguments: argparse.Namespace) -> int:
     """Run the command and return the exit status."""
-    ui.check_target(arguments.json)
+    ui.check_target(arguments.save)
     from blocksparse.perf import describe_machine
     from blocksparse.perf.masked_models import Choice
     from blocksparse.perf.random_masks import parse_pattern
@@ -145,8 +147,8 @@ def command(arguments: argparse.Namespace) -> int:
     machine = describe_machine()
     drawn = ", random weights" if model.provenance.get("weights") == "random" else ""
     _show(f"{Path(arguments.model).name}{drawn}", found, machine, arguments.all)
-    if arguments.json is not None:
-        ui.write_whole(arguments.json, ui.json_text(_facts(arguments.model, found, machine)))
+    if arguments.save is not None:
+        ui.write_whole(arguments.save, ui.json_text(_facts(arguments.model, found, machine)))
     return 0
 
 

@@ -47,6 +47,8 @@ def quieten() -> None:
 _KNOWN_WARNINGS = (
     # Lightning's use of PyTorch's internals, mended in a later release of either.
     r".*isinstance\(treespec, LeafSpec\).*",
+    # Of a few images: every epoch is logged all the same.
+    r"The number of training batches .* is smaller than the logging interval",
     # Both stages write into one folder, on purpose.
     r"Checkpoint directory .* exists and is not empty",
 )

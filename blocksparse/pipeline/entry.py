@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import re
 import sys
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -23,6 +22,7 @@ from blocksparse.pipeline.console import console
 from blocksparse.pipeline.folders import STAGES, RunFolder, resume_point
 from blocksparse.pipeline.job import run
 from blocksparse.pipeline.setup import is_first_process
+from blocksparse.pipeline.values import check_added
 
 __all__ = ["run_job"]
 
@@ -42,6 +42,8 @@ FREE_KEYS = (
     "data.num_workers",
     "sparsity.allocation.path",
 )
+# What PyTorch puts before the text of an error in a process that loads data: its whole traceback.
+_WORKERS = re.compile(r"\ACaught \w+ in DataLoader worker .*\n\w+: ", re.DOTALL)
 # Errors whose text is meant for the user; everything else is a defect and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, MisconfigurationException)
 
@@ -78,7 +80,7 @@ def run_job(cfg: DictConfig) -> float:
         if cfg.resume is not None:
             if not single:
                 raise ValueError("resume= goes on with one run: leave out -m (--multirun)")
-            folder, checkpoint = resume_point(cfg.resume)
+            folder, checkpoint = resume_point(str(cfg.resume))
             cfg = resumed_config(folder, hydra.overrides.task, hydra.runtime.choices)
         elif folder.config.exists() and is_first_process():
             raise FileExistsError(
@@ -86,6 +88,7 @@ def run_job(cfg: DictConfig) -> float:
                 "start another with another name=... or another moment"
             )
         else:
+            check_added(cfg, hydra.overrides.task)
             command = command_line(hydra.overrides.task)
         return _run_task(cfg, folder, checkpoint, command)
     except (KeyboardInterrupt, SystemExit):
@@ -94,10 +97,11 @@ def run_job(cfg: DictConfig) -> float:
         raise
     except USER_ERRORS as error:
         _log.info("traceback", exc_info=True)
-        nameless = isinstance(error, OSError) and not error.filename
-        text = f"{error}, writing to {folder}" if nameless else str(error)
+        # The system's own words, such as for a full disk, may not say where.
+        nameless = isinstance(error, OSError) and error.errno and not error.filename
+        text = f"{error}, writing to {folder}" if nameless else _WORKERS.sub("", str(error)).strip()
         console.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
-        if not _remove_unstarted(folder, is_new):
+        if not folder.remove_unstarted(is_new):
             console.print(f"The traceback is in {folder}/run.log", style="dim", soft_wrap=True)
             if isinstance(error, OSError) and _can_go_on(folder):  # such as a full disk
                 console.print(f"When that is mended: python train.py resume={folder}")
@@ -124,30 +128,6 @@ def _run_task(
 def _can_go_on(folder: RunFolder) -> bool:
     """Whether a run left something to go on from."""
     return any(path.exists() for path in (*map(folder.last, STAGES), folder.scan))
-
-
-def _remove_unstarted(folder: RunFolder, is_new: bool) -> bool:
-    """Remove the folder of a run that never began, and say whether it is gone.
-
-    Hydra makes it before the configuration is looked at; what was asked for, and a log, are nothing
-    to keep of a run that is new.
-    """
-    path = folder.path.resolve()
-    here = Path.cwd()
-    if not path.is_dir() or path == here or path in here.parents:
-        return False
-    asked = {folder.config.name, folder.command.name} if is_new else set()
-    if {entry.name for entry in path.iterdir()} - {"run.log", ".hydra"} - asked:
-        return False
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler) and path in Path(handler.baseFilename).parents:
-            handler.close()
-    shutil.rmtree(path)
-    with suppress(OSError):  # not empty
-        for parent in path.parents[:2]:  # runs/<name>, runs
-            if parent != here:
-                parent.rmdir()
-    return True
 
 
 def resumed_config(

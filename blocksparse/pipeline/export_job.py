@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor
@@ -14,6 +15,7 @@ from blocksparse.export import ExportReport, export_file
 from blocksparse.pipeline.console import console, key_values, say
 from blocksparse.pipeline.setup import check_export, export_block
 from blocksparse.pipeline.source import Source, find
+from blocksparse.pipeline.values import EXPORT_KINDS, check_added, check_values
 from blocksparse.sparsity import Pattern, checkpoint_patterns
 from blocksparse.training.weights import read_content
 
@@ -40,6 +42,9 @@ def run(cfg: DictConfig) -> ExportReport:
     ValueError
         The configuration, the weights or the network cannot be used; the text says why.
     """
+    check_values(cfg, EXPORT_KINDS)
+    if HydraConfig.initialized():
+        check_added(cfg, HydraConfig.get().overrides.task, EXPORT_KINDS)
     check_export(cfg)
     block = export_block(cfg)
     source = find(cfg)

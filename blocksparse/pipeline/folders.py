@@ -5,6 +5,8 @@ Nothing here imports torch, so that ``python train.py --help`` answers at once.
 
 from __future__ import annotations
 
+import logging
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +112,35 @@ class RunFolder:
             "run.log": "everything that was logged",
         }
 
+    def remove_unstarted(self, is_new: bool) -> bool:
+        """Remove the folder of a run that never began, and say whether it is gone.
+
+        Hydra makes it before the configuration is looked at; what was asked for, and a log, are
+        nothing to keep of a run that is new.
+
+        Parameters
+        ----------
+        is_new
+            Whether configuration and command, where they are there, are this run's own.
+        """
+        path = self.path.resolve()
+        here = Path.cwd()
+        if not path.is_dir() or path == here or path in here.parents:
+            return False
+        asked = {self.config.name, self.command.name} if is_new else set()
+        if {entry.name for entry in path.iterdir()} - {"run.log", ".hydra"} - asked:
+            return False
+        for handler in logging.getLogger().handlers:
+            written = handler.baseFilename if isinstance(handler, logging.FileHandler) else None
+            if written and path in Path(written).parents:
+                handler.close()
+        shutil.rmtree(path)
+        with suppress(OSError):  # not empty
+            for parent in path.parents[:2]:  # runs/<name>, runs
+                if parent != here:
+                    parent.rmdir()
+        return True
+
 
 def resume_point(target: str | Path) -> tuple[RunFolder, Path | None]:
     """Find the run that `target` belongs to.
@@ -153,12 +184,13 @@ def resume_point(target: str | Path) -> tuple[RunFolder, Path | None]:
     return folder, checkpoint
 
 
-def _run_folder(resume: str | None, runs: str, name: str, time: str) -> str:
-    # Where there is nothing to go on from, the job says so, better than a resolver can.
+def _run_folder(resume: str | int | None, runs: str, name: str | int, time: str) -> str:
+    # Where there is nothing to go on from, or a name is none, the job says so, better than a
+    # resolver can.
     with suppress(FileNotFoundError):
         if resume is not None:
-            return str(resume_point(resume)[0].path)
-    return str(Path(runs) / name / time)
+            return str(resume_point(str(resume))[0].path)
+    return str(Path(runs) / str(name) / time)
 
 
 def register_resolvers() -> None:

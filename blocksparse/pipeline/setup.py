@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
+from blocksparse.pipeline.values import check_values
 from blocksparse.training import Classifier, ImageData
 
 __all__ = [
@@ -44,7 +45,7 @@ def build(node: DictConfig, **arguments: Any) -> Any:
         return instantiate(node, _convert_="all", **arguments)
     except InstantiationException as error:
         cause = error.__cause__
-        if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
+        if isinstance(cause, TypeError):  # an argument it does not have, or of another kind
             raise ValueError(f"configuration of {node._target_}: {cause}") from error
         if isinstance(cause, Exception):
             raise cause from error
@@ -174,6 +175,11 @@ def check(cfg: DictConfig) -> None:
             f"{', '.join(missing)}: no value given. Set it on the command line, "
             f"such as {missing[0]}=VALUE"
         )
+    check_values(cfg)
+    if not str(cfg.name).strip():
+        raise ValueError("name=: give the run a name, the folder below runs/ that it goes to")
+    if not 0 <= cfg.seed < 2**32:
+        raise ValueError(f"seed={cfg.seed}: 0 to {2**32 - 1}")
     accelerator = cfg.trainer.accelerator
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(

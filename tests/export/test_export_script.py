@@ -164,6 +164,7 @@ ERRORS = {
     "output folder": (["run=whole", "output=half"], r"^half is a folder"),
     "report folder": (["run=whole", "report=half"], r"^half is a folder"),
     "images": (["run=whole", "export.images=0"], r"export\.images=0: at least one"),
+    "no number": (["run=whole", "export.images=x"], r"export\.images=x: a whole number"),
 }
 
 
@@ -195,3 +196,8 @@ def test_the_command_line(tmp_path):
     assert failed.returncode == 1
     assert failed.stdout.startswith("error: run=nowhere")
     assert "Traceback" not in failed.stdout + failed.stderr
+    added = subprocess.run(
+        [*command, "+ouput=x"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert added.returncode == 1
+    assert added.stdout.startswith("error: +ouput=x: nothing reads ouput")
