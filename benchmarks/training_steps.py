@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.training_figures import PARTS, Variant
+from blocksparse.image_files import read_image
 from blocksparse.sparsity import Block, MaskedWeights, resolve
 from blocksparse.training import Classifier, Distillation, ImageFolder
-from blocksparse.training.data.files import read_image, to_pixels
+from blocksparse.training.data.files import to_pixels
 from blocksparse.training.data.loader import Source
 from blocksparse.training.data.order import BatchKey, EpochOrder
 

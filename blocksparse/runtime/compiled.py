@@ -6,6 +6,7 @@ import ctypes
 import logging
 import time
 from collections import OrderedDict
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from blocksparse.format import Model
 
 from .algorithms import Algorithms
+from .batches import divide, images_in_cache
 from .calls import CallMemory
 from .choices import choice_of
 from .explain import LayerChoice
@@ -21,13 +23,16 @@ from .helpers import Helpers
 from .kernels import loops, records
 from .kernels.target import describe, host
 from .locks import Lock
+from .pieces import Piece, Pieces, cut
 from .plan import Plan, bind
 from .step import Step, Steps
 from .steps import Packs, lower
-from .trace import CLOCK, Trace, blank_times, trace
+from .streams import Streams
+from .trace import CLOCK, Trace, blank_times, side_by_side, trace
 
-PLANS = 4
-"""Plans kept ready, by batch size; the one used longest ago is dropped."""
+PLANS = 12
+"""Plans kept ready, by batch size and piece; the one used longest ago is dropped. A call with
+several images needs up to four."""
 
 ROUNDS, SECONDS = 5, 1.0
 """Timed runs of the network for every way to compute a layer, at least, and how long to go on.
@@ -39,13 +44,16 @@ that of slow runs, and a ResNet-50 at 75 % kept ways that cost it 4 %.
 MOST_IMAGES = 8
 """Images of such a run: more cost time and change little."""
 
+_Key = tuple[int, bool, Piece]
+"""What a plan is for: how many images, whether they are in halves, what of the network."""
+
 _log = logging.getLogger(__name__)
 
 
 class _Ready:
     """A plan with the memories that are not in use."""
 
-    def __init__(self, key: tuple[int, bool], plan: Plan) -> None:
+    def __init__(self, key: _Key, plan: Plan) -> None:
         self.key = key
         self.plan = plan
         self.free: list[CallMemory] = []
@@ -65,15 +73,17 @@ class CompiledEngine:
     def __init__(self, model: Model, winograd: bool = True) -> None:
         self.model = model
         self.target = host()
+        self._in_cache = images_in_cache(model.graph)
         self.algorithms = Algorithms(model, self.target, winograd)
         # layers that have to be measured first are lowered by the first call, when it is known
         # how many images it has
-        self._steps: Steps | None = None if self.algorithms.open else self._lowered({})
-        self._ready: OrderedDict[tuple[int, bool], _Ready] = OrderedDict()
+        self._pieces: Pieces | None = None if self.algorithms.open else cut(self._lowered({}))
+        self._ready: OrderedDict[_Key, _Ready] = OrderedDict()
         self._recent: _Ready | None = None  # the one used last
         self._lock = Lock()
         self._binding = Lock()
         self._helpers = Helpers()
+        self._streams = Streams()
         # Python's lock is not held while they run
         integers = [ctypes.c_int64] * 3
         self._loops = ctypes.CFUNCTYPE(ctypes.c_int, *integers)(loops.address(loops.PROGRAM))
@@ -81,10 +91,14 @@ class CompiledEngine:
     def __str__(self) -> str:
         return f"compiled engine: {describe(self.target)}"
 
+    def __reduce__(self) -> tuple[type[CompiledEngine], tuple[Model, bool]]:
+        """Pickle and copy what it was made from; plans, locks and threads belong to a process."""
+        return type(self), (self.model, self.algorithms.allow_winograd)
+
     @property
     def steps(self) -> Steps:
         """The network as steps; before the first call some may still become others."""
-        return self._lowered({}) if self._steps is None else self._steps
+        return self._lowered({}) if self._pieces is None else self._pieces.steps[Piece.ALL]
 
     def _lowered(self, packs: Packs, trial: int | None = None) -> Steps:
         """Lower the model; in a trial, every open layer takes the way of that number."""
@@ -123,7 +137,9 @@ class CompiledEngine:
         -------
         ndarray of float32, shape (N, classes)
         """
-        return self._run(x, threads, None)
+        if len(x) == 1:  # nothing around a single image that need not be
+            return self._run(x, threads, None)
+        return self._divided(x, threads, None)
 
     def timed_run(
         self, x: npt.NDArray[np.float32], threads: int
@@ -137,20 +153,60 @@ class CompiledEngine:
         """
         if not CLOCK:
             raise RuntimeError("steps cannot be timed here: the system has no POSIX clock")
-        plan = self._plan(len(x), threads).plan
+        traces: list[list[Trace]] = [[] for _ in range(threads + 1)]
+        output = self._divided(x, threads, traces)
+        shared, *own = traces
+        return output, reduce(Trace.__add__, [*shared, *side_by_side(own)])
+
+    def _divided(
+        self, x: npt.NDArray[np.float32], threads: int, traces: list[list[Trace]] | None
+    ) -> npt.NDArray[np.float32]:
+        """Run a batch in parts; traces are of those for all threads, and of those for each."""
+        own, shared = divide(len(x), self._in_cache, threads)
+        together = None if traces is None else traces[0]
+        if len(own) + len(shared) == 1:
+            return self._part(x, threads, together, Piece.ALL)
+        first, threads_of_first = (own[0], 1) if own else (shared[0], threads)
+        pieces = self._settled(first.stop - first.start, threads_of_first)
+        piece = Piece.BACKBONE if pieces.has_head else Piece.ALL
+        steps = pieces.steps[piece]
+        values = np.empty((len(x), *steps.shapes[steps.output]), np.float32)
+        if own:
+
+            def take(part: slice, thread: int) -> None:
+                alone = None if traces is None else traces[thread + 1]
+                values[part] = self._part(x[part], 1, alone, piece)
+
+            self._streams.run(take, own, threads)
+        for part in shared:
+            values[part] = self._part(x[part], threads, together, piece)
+        return self._part(values, threads, together, Piece.HEAD) if pieces.has_head else values
+
+    def _part(
+        self,
+        x: npt.NDArray[np.float32],
+        threads: int,
+        traces: list[Trace] | None,
+        piece: Piece,
+    ) -> npt.NDArray[np.float32]:
+        if traces is None:
+            return self._run(x, threads, None, piece)
+        plan = self._plan(len(x), threads, piece).plan
         times = blank_times(len(plan.records), threads)
-        output = self._run(x, threads, times)
-        return output, trace(self.steps.steps, plan.origins, times)
+        output = self._run(x, threads, times, piece)
+        traces.append(trace(self.steps.steps, plan.origins, times))
+        return output
 
     def _run(
         self,
         x: npt.NDArray[np.float32],
         threads: int,
         times: list[npt.NDArray[np.int64]] | None,
+        piece: Piece = Piece.ALL,
     ) -> npt.NDArray[np.float32]:
         # What Python does here and below takes some 15 times as long between two runs of a large
         # network, which leave nothing of it in the caches, as again and again
-        ready = self._plan(len(x), threads)
+        ready = self._plan(len(x), threads, piece)
         try:
             memory = ready.free.pop()
         except IndexError:  # other calls have them
@@ -190,26 +246,34 @@ class CompiledEngine:
             self._ready.clear()
             self._recent = None
         self._helpers.close()
+        self._streams.close()
 
-    def _plan(self, batch: int, threads: int) -> _Ready:
-        key = (batch, in_halves(batch, threads))
+    def _plan(self, batch: int, threads: int, piece: Piece = Piece.ALL) -> _Ready:
+        key = (batch, in_halves(batch, threads), piece)
         ready = self._recent
         if ready is not None and ready.key == key:
             return ready
         ready = self._look_up(key)
         if ready is None:
+            steps = self._settled(batch, threads).steps[piece]
             with self._binding:  # one plan at a time; calls whose plan is ready go on meanwhile
                 ready = self._look_up(key)
                 if ready is None:
-                    if self._steps is None:
-                        self._steps = self._measured(batch, threads)
-                    ready = _Ready(key, self._bound(self._steps, batch, threads))
+                    ready = _Ready(key, self._bound(steps, batch, threads))
                     with self._lock:
                         self._ready[key] = ready
                         while len(self._ready) > PLANS:
                             self._ready.popitem(last=False)
         self._recent = ready
         return ready
+
+    def _settled(self, batch: int, threads: int) -> Pieces:
+        """Return the steps; the first call measures open layers with so many images."""
+        if self._pieces is None:
+            with self._binding:
+                if self._pieces is None:
+                    self._pieces = cut(self._measured(batch, threads))
+        return self._pieces
 
     def _measured(self, batch: int, threads: int) -> Steps:
         """Run the network some times for every way its open layers have; choose, lower again."""
@@ -249,7 +313,7 @@ class CompiledEngine:
             steps = halve(self.model, steps)
         return bind(self.model, steps, self.target, batch)
 
-    def _look_up(self, key: tuple[int, bool]) -> _Ready | None:
+    def _look_up(self, key: _Key) -> _Ready | None:
         with self._lock:
             if key in self._ready:
                 self._ready.move_to_end(key)

@@ -92,7 +92,13 @@ class _Halving:
             else:
                 self.steps.append(self._joining(step))
             self.origins += [number] * (len(self.steps) - len(self.origins))
-        return Steps(self.steps, shapes, frames, places, halves, self.origins)
+        origins = (
+            [whole.origins[number] for number in self.origins] if whole.origins else self.origins
+        )
+        return replace(
+            whole, steps=self.steps, shapes=shapes, frames=frames, places=places, halves=halves,
+            origins=origins,
+        )  # fmt: skip
 
     def _computed(self, step: Step, half: int) -> range:
         """Rows that half a step computes: its target's, or what the pool it takes in reads."""

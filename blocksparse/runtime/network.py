@@ -80,6 +80,8 @@ class ReferenceEngine:
 class Network:
     """A model that can be called, from several Python threads at once; made by :func:`load`.
 
+    It can be pickled, with the whole model, for other processes.
+
     Parameters
     ----------
     model : Model
@@ -146,7 +148,15 @@ class Network:
         return self.engine.run(x, self._threads)
 
     def warmup(self, batch: int = 1) -> None:
-        """Do now what the first call with `batch` images would do once."""
+        """Do now what the first call with `batch` images would do once.
+
+        Raises
+        ------
+        ValueError
+            If it is none.
+        """
+        if type(batch) is not int or batch < 1:
+            raise ValueError(f"batch must be an integer of at least 1, is {batch!r}")
         self(np.zeros((batch, *self.input_shape), np.float32))
 
     def explain(self) -> Explanation:
@@ -194,9 +204,13 @@ def load(
         Where the file or model breaks a rule of the format.
     FileNotFoundError
         Where there is no such file.
+    ValueError
+        Where an argument is none of those above.
     """
     if engine not in ("auto", "compiled", "reference"):
         raise ValueError(f"engine must be 'auto', 'compiled' or 'reference', is {engine!r}")
+    if type(winograd) is not bool:
+        raise ValueError(f"winograd must be True or False, is {winograd!r}")
     if isinstance(source, Model):
         check_model(source)
         model = source

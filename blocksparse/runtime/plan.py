@@ -62,7 +62,8 @@ class Plan:
     scratch : int
         Bytes of scratch memory that every thread needs.
     inputs, outputs : tuple of int
-        Shape of what comes in, (N, C, H, W), and out, (N, classes).
+        Shape of what comes in and out, with as many images in front: of a whole network
+        (N, C, H, W) and (N, classes).
     kept : list of ndarray
         Arrays whose addresses stand in the records; they must live as long as the plan.
     """
@@ -143,8 +144,8 @@ class _Binding:
         origins = np.array(self.steps.origins or range(len(table)), np.int64)
         return Plan(
             table, origins, integers, self.floats, self.scratch,
-            inputs=(self.batch, *self.model.input_shape),
-            outputs=(self.batch, *self.model.output_shape),
+            inputs=(self.batch, *self.steps.shapes[self.steps.input]),
+            outputs=(self.batch, *self.steps.shapes[self.steps.output]),
             kept=self.tables.kept,
         )  # fmt: skip
 
@@ -275,9 +276,8 @@ class _Binding:
         """Lay out the caller's array, or the rows of it that are a half's."""
         if step.rows is None:
             return layout.contiguous(shape)
-        graph = self.model.graph
-        name = graph.inputs[0].name if step.op == records.LOAD else graph.outputs[0]
-        where = layout.contiguous(graph.shapes[name])
+        name = self.steps.input if step.op == records.LOAD else self.steps.output
+        where = layout.contiguous(self.steps.shapes[name])
         return where._replace(base=step.rows.start * where.row, height=step.rows.height)
 
     def _fast(

@@ -136,15 +136,20 @@ class Steps:
         Frame of every feature map.
     places : dict
         Place of every value.
+    input, output : str
+        Names of the values that come in and go out.
     halves : dict
         Which half of a value a value is: 0 the upper, 1 the lower.
     origins : list of int
-        Where steps were cut in halves: the number of the one that each belongs to.
+        Where these are a piece of a network, or steps were cut in halves: the number of the step of
+        the whole network that each belongs to.
     """
 
     steps: list[Step]
     shapes: dict[str, tuple[int, ...]]
     frames: dict[str, layout.Frame]
     places: dict[str, Place]
+    input: str
+    output: str
     halves: dict[str, int] = field(default_factory=dict)
     origins: list[int] = field(default_factory=list)

@@ -101,7 +101,7 @@ class _Lowering:
         output = graph.outputs[0]
         last = next(node for node in graph.nodes if node.name == output)
         self._emit(records.STORE, last, output, output, scale=(1, 1, 1), shift=(0, 0, 0))
-        return Steps(self.steps, self.shapes, self.frames, self.places)
+        return Steps(self.steps, self.shapes, self.frames, self.places, source, output)
 
     def _emit(
         self,

@@ -34,12 +34,30 @@ class Trace:
     step_ns: npt.NDArray[np.int64]
     busy_ns: npt.NDArray[np.int64]
 
+    def __add__(self, other: Trace) -> Trace:
+        """Return where the time of two calls of one network and number of threads went."""
+        return Trace(self.steps, self.step_ns + other.step_ns, self.busy_ns + other.busy_ns)
+
     def by_node(self) -> dict[str, float]:
         """Milliseconds of every node: the sum of the steps that count to it, see `Step.owner`."""
         result: dict[str, float] = {}
         for step, nanoseconds in zip(self.steps, self.step_ns.tolist(), strict=True):
             result[step.owner] = result.get(step.owner, 0.0) + nanoseconds / 1e6
         return result
+
+
+def side_by_side(own: list[list[Trace]]) -> list[Trace]:
+    """Return the trace of threads that each made calls of their own, if any did.
+
+    Its steps take a mean of the threads: all of them together, what the threads were at it.
+    """
+    calls = [call for calls in own for call in calls]
+    if not calls:
+        return []
+    nothing = np.zeros_like(calls[0].step_ns)
+    busy = np.stack([sum((call.busy_ns[0] for call in calls), nothing) for calls in own])
+    step = sum((call.step_ns for call in calls), nothing) // len(own)
+    return [Trace(calls[0].steps, step, busy)]
 
 
 def blank_times(records: int, threads: int) -> list[npt.NDArray[np.int64]]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 from benchmarks import compare, exports
 from benchmarks.engines import OURS, PEERS, Engine, Source, build
@@ -203,8 +204,8 @@ def test_compiled_pytorch_takes_part(tmp_path):
 @pytest.mark.long
 def test_compiler_that_fails_is_said_and_the_rest_goes_on(made, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    engines, left_out = build_engines(made, SETTING, ["deepsparse"])
+    with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        engines, left_out = build_engines(made, SETTING, ["deepsparse"])
     assert "torch-compile" not in {engine.kind for engine in engines}
     assert OURS in {engine.kind for engine in engines}
     assert left_out[0].startswith("torch-compile is left out: it failed: ")

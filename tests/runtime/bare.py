@@ -14,6 +14,7 @@ from blocksparse.runtime.kernels import call_record as c
 from blocksparse.runtime.kernels import objects, records
 from blocksparse.runtime.kernels.target import host
 from blocksparse.runtime.layout import ALIGN, round_up
+from blocksparse.runtime.pieces import cut
 from blocksparse.runtime.steps import lower
 
 LANES = (4, 8, 16)
@@ -65,7 +66,7 @@ def forced(model, way, lanes=None):
         and way in algorithms.ways(node, model.weights[node.name], engine.target, True)
     }
     assert ways
-    engine._steps = lower(model, engine.target, ways)
+    engine._pieces = cut(lower(model, engine.target, ways))
     return engine
 
 

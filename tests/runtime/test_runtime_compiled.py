@@ -269,15 +269,16 @@ def test_images_of_a_batch_do_not_mix():
     network = load(b.model(), engine="compiled")
     images = randoms(5, 8, 7, 7)
     together = network(images)
+    rounding = 1e-6 * np.abs(together).max()
     for i in range(5):
-        np.testing.assert_allclose(network(images[i : i + 1])[0], together[i], atol=1e-5)
+        np.testing.assert_allclose(network(images[i : i + 1])[0], together[i], atol=rounding)
 
 
 def test_old_batch_sizes_are_dropped():
     b = Builder((3, 4, 4))
     b.conv("x", 8)
     network = load(b.model(), engine="compiled")
-    for batch in range(1, PLANS + 4):
+    for batch in range(1, PLANS + 6):
         network(randoms(batch, 3, 4, 4))
     assert len(network.engine._ready) == PLANS
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import POOL, Builder, randoms
 
-from blocksparse.runtime import halves, reference
+from blocksparse.runtime import halves, pieces, reference
 from blocksparse.runtime.algorithms import Algorithm, ways
 from blocksparse.runtime.kernels import records
 from blocksparse.runtime.plan import bind
@@ -123,7 +123,7 @@ def with_ways(model, lanes, seed):
         if node.op == "conv2d":
             found = list(ways(node, model.weights[node.name], engine.target, True))
             chosen[node.name] = found[rng.integers(len(found))]
-    engine._steps = lower(model, engine.target, chosen)
+    engine._pieces = pieces.cut(lower(model, engine.target, chosen))
     return engine
 
 
@@ -269,12 +269,14 @@ def test_steps_of_the_two_halves_are_joined():
     assert set(plan.origins.tolist()) == set(range(len(engine.steps.steps)))
 
 
-@pytest.mark.parametrize(("batch", "threads", "cut"), [(1, 2, True), (2, 2, False), (1, 1, False)])
-def test_one_image_for_several_threads_is_cut(batch, threads, cut):
+@pytest.mark.parametrize(
+    ("batch", "threads", "halved"), [(1, 2, True), (2, 2, False), (1, 1, False)]
+)
+def test_one_image_for_several_threads_is_cut(batch, threads, halved):
     engine = engine_of(stages())
-    assert engine._plan(batch, threads).plan.records[:, records.JOINED].any() == cut
+    assert engine._plan(batch, threads).plan.records[:, records.JOINED].any() == halved
     engine.run(randoms(batch, 3, 17, 9), threads)
-    assert list(engine._ready) == [(batch, cut)]
+    assert list(engine._ready) == [(batch, halved, pieces.Piece.ALL)]
 
 
 @pytest.mark.parametrize("count_include_pad", [False, True])
@@ -293,7 +295,7 @@ def test_tiles_of_a_half_are_those_of_its_rows():
     b.conv("x", 8)
     engine = engine_of(b.model(), 16)
     way = next(way for way in Algorithm if way.transforms == "tiles" and not way.dense)
-    engine._steps = lower(b.model(), engine.target, {"conv2d0": way})
+    engine._pieces = pieces.cut(lower(b.model(), engine.target, {"conv2d0": way}))
     plan = engine._plan(1, 2).plan
     tiles = plan.records[plan.records[:, records.OP] == records.TILES_CONV]
     assert tiles[:, records.TILE_ROWS_ALL].tolist() == [4, 4]  # rows of 16 tiles, 4 pixels high

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from models import Builder, randoms
 from blocksparse.format import BsrWeight, DenseWeight, NMWeight, write
 from blocksparse.runtime import load, reference
 from blocksparse.runtime.kernels import loops, objects
+from blocksparse.runtime.pieces import Piece
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +67,14 @@ import os, sys, time, numpy as np, blocksparse
 network = blocksparse.load(sys.argv[1], threads=2)
 x = np.ones((1, *network.input_shape), np.float32)
 expected = network(x)
+network.engine._in_cache = 1
+several = np.repeat(x, 5, 0)
+expected_of_several = network(several)
+network(x)
 child = os.fork()
 if child == 0:
     same = all(np.array_equal(network(x), expected) for _ in range(50))
+    same &= all(np.array_equal(network(several), expected_of_several) for _ in range(50))
     # a queue without threads would keep every call; threads may have to wait for a core
     queue, end = network.engine._helpers._queue, time.monotonic() + 30
     while queue.qsize() and time.monotonic() < end:
@@ -88,7 +96,9 @@ network = blocksparse.load(sys.argv[1], threads=2)
 x = np.ones((2, *network.input_shape), np.float32)
 network(x[:1])
 engine = network.engine
-locks = (engine._lock, engine._binding, engine._helpers._lock, loops._lock, objects._lock)
+engine._in_cache = 1
+of_helpers = (engine._helpers._lock, engine._streams._helpers._lock)
+locks = (engine._lock, engine._binding, *of_helpers, loops._lock, objects._lock)
 held = threading.Event()
 def hold():
     with contextlib.ExitStack() as stack:
@@ -102,6 +112,7 @@ child = os.fork()
 if child == 0:
     signal.alarm(30)
     another = blocksparse.load(sys.argv[1], engine="compiled", threads=2)
+    another.engine._in_cache = 1
     os._exit(0 if np.array_equal(network(x), another(x)) else 3)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -153,6 +164,8 @@ def test_engines(model, caplog, monkeypatch):
     assert str(load(model, engine="reference").engine).startswith("reference engine")
     with pytest.raises(ValueError, match="engine must be"):
         load(model, engine="fast")
+    with pytest.raises(ValueError, match="winograd must be True or False"):
+        load(model, winograd="off")
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
     with pytest.raises(RuntimeError, match="NUMBA_DISABLE_JIT"):
         load(model, engine="compiled")
@@ -213,10 +226,31 @@ def test_a_read_only_input(model):
 def test_warmup_and_close(model):
     network = load(model)
     network.warmup(batch=2)
-    assert list(network.engine._ready) == [(2, False)]
+    assert list(network.engine._ready) == [(2, False, Piece.ALL)]
     network.close()
     assert not network.engine._ready
     assert network(randoms(1, 16, 24, 24)).shape == (1, 10)  # a closed network opens itself again
+    for wrong in (0, -1, 1.0):
+        with pytest.raises(ValueError, match="batch must be an integer of at least 1"):
+            network.warmup(wrong)
+
+
+@pytest.mark.parametrize("engine", ["compiled", "reference"])
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))]
+)
+def test_a_copy_for_another_process(model, engine, again):
+    network = load(model, threads=2, engine=engine, winograd=False)
+    x = randoms(2, 16, 24, 24)
+    expected = network(x)
+    other = again(network)
+    assert other.engine is not network.engine
+    assert other.engine.model is other.model
+    assert str(other.engine) == str(network.engine)
+    assert other.threads == 2
+    np.testing.assert_array_equal(other(x), expected)
+    if engine == "compiled":
+        assert not other.engine.algorithms.allow_winograd
 
 
 def one_layer(layout):

@@ -15,6 +15,11 @@ from models import POOL, Builder, randoms
 from blocksparse.runtime.calls import CallMemory
 from blocksparse.runtime.kernels import call_record as c
 from blocksparse.runtime.kernels import records
+from blocksparse.runtime.limits import usable_cores
+from blocksparse.runtime.pieces import Piece
+
+PATIENCE = 40
+"""Seconds to wait for helpers that wait for 0.4 ms, while other processes hold the cores."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,7 @@ class Watch:
     """Notes the items of all steps in the order in which they are computed."""
 
     def __init__(self, engine, batch):
-        (self.memory,) = engine._ready[batch, False].free
+        (self.memory,) = engine._ready[batch, False, Piece.ALL].free
         self.steps = self.memory.plan.records
         self.items = []
         kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * 5)
@@ -173,12 +178,15 @@ def test_a_helper_stays_for_the_next_call(network, engine):
         threads[-1].start()
 
     engine._helpers = Helpers(act)
-    calls = 0
+    calls, end = 0, time.monotonic() + PATIENCE
     while calls - len(asked) < 5:
+        outputs = [engine.run(images, 2) for _ in range(4)]  # to compare between takes too long
         with Watch(engine, len(images)):
-            np.testing.assert_array_equal(engine.run(images, 2), expected)
-        calls += 1
-        assert calls < 1000, "every call had to wake a helper"
+            outputs.append(engine.run(images, 2))
+        for output in outputs:
+            np.testing.assert_array_equal(output, expected)
+        calls += len(outputs)
+        assert time.monotonic() < end, "every call had to wake a helper"
     for thread in threads:
         thread.join(20)
         assert not thread.is_alive()
@@ -205,11 +213,17 @@ def test_two_who_come_as_the_same_thread(network, engine):
 
 def until_all_wait(engine, x, threads):
     """Call again and again until all helpers wait for the next call; return the memory of it."""
-    for _ in range(1000):
+    enough = usable_cores() >= threads
+    end = time.monotonic() + (PATIENCE if enough else 5)
+    while time.monotonic() < end:
         engine.run(x, threads)
         (memory,) = engine._plan(len(x), threads).free
-        if not memory.missing(threads):
-            return memory
+        for _ in range(10):
+            if not memory.missing(threads):
+                return memory
+            time.sleep(0)
+    if not enough:  # with one core for two, who is done waits for who has none
+        pytest.skip("helpers were never there together: too few cores, and others hold them")
     raise AssertionError("helpers never stay")
 
 
@@ -246,8 +260,8 @@ def test_more_threads_while_a_helper_waits(waited_for, attempt):
     engine._helpers = helpers
     entered = c.FIELDS + c.OWN_FIELDS + c.ENTERED
     assert short[entered] < memory._number - 1, "it came"
-    before = memory._record[entered]
-    for _ in range(1000):
+    before, end = memory._record[entered], time.monotonic() + PATIENCE
+    while time.monotonic() < end:
         engine.run(images[1], 3)
         if memory._record[entered] > before:
             return
