@@ -97,9 +97,9 @@ def test_steps_run_compiled_and_validation_does_not(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_compiler(monkeypatch, tmp_path):
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    with fresh_cache(), pytest.raises(ValueError, match=r"compile_steps=true, but.*C\+\+ compiler"):
+def test_no_compiler(tmp_path):
+    refused = pytest.raises(ValueError, match=r"compile_steps=true, but.*C\+\+ compiler")
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}), fresh_cache(), refused:
         fit(tmp_path)
 
 
