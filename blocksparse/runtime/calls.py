@@ -21,6 +21,11 @@ by the C interface that every extension is compiled against. In the middle of a 
 nothing of Python is in the caches, `ndarray.ctypes` takes 50 microseconds to tell it.
 """
 
+STAY = 300_000
+"""Nanoseconds for which a helper that is done waits for the next call. To wake one takes 40
+microseconds of a call, and it comes 40 later, on a busy machine 100, for it has to be given the
+interpreter's lock. Between two calls of a large network, 100 microseconds go by in Python."""
+
 
 class CallMemory:
     """What one call writes to. Calls at the same time have one each.
@@ -61,7 +66,7 @@ class CallMemory:
         self._record[c.OUTPUT_SIZE] = math.prod(plan.outputs)
         self._record[c.COUNTERS_AT] = self.counters.ctypes.data
         self._record[c.PENDING_AT], _ = pending.buffer_info()
-        self._record[c.CORES] = usable_cores()
+        self._record[c.CORES], self._record[c.STAY] = usable_cores(), STAY
         renew_after_fork(self)
 
     def renew(self) -> None:

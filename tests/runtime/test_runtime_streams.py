@@ -37,7 +37,9 @@ def test_parts_are_done_at_the_same_time(streams):
 @pytest.mark.parametrize("where", [0, 1])
 def test_what_a_part_raises_reaches_the_caller(streams, where):
     """Whichever thread it was; nothing is begun any more, and the next call works."""
-    meeting = threading.Barrier(2)
+    ended = threading.Event()
+    timer = threading.Timer(0.3, ended.set)  # by then it has told of its error
+    meeting = threading.Barrier(2, action=timer.start)
     begun = []
 
     def work(part, thread):
@@ -48,9 +50,6 @@ def test_what_a_part_raises_reaches_the_caller(streams, where):
                 raise MemoryError("no place")
             ended.wait(20)
 
-    ended = threading.Event()
-    timer = threading.Timer(0.2, ended.set)
-    timer.start()
     with pytest.raises(MemoryError, match="no place"):
         streams.run(work, PARTS, 2)
     timer.join()

@@ -14,7 +14,8 @@ TIMES_ROWS = 13  # of what each thread notes; 0: nothing
 PENDING_AT = 14  # int64: helpers that were asked for so far, helpers that came
 NEXT = 15  # number of the call that was prepared last
 CORES = 16  # how many the process may use
-FIELDS = 17
+STAY = 17  # nanoseconds for which a helper that is done waits for the next call
+FIELDS = 18
 
 # Behind it, for each thread
 SCRATCH_AT = 0  # memory of this thread alone

@@ -39,11 +39,6 @@ from .intrinsics import (
 )
 from .loop import loop
 
-STAY = 300_000
-"""Nanoseconds for which a helper that is done waits for the next call. To wake one takes 40
-microseconds of a call, and it comes 40 later, on a busy machine 100, for it has to be given the
-interpreter's lock. Between two calls of a large network, 100 microseconds go by in Python."""
-
 GRACE = 100_000
 """Nanoseconds for which it still comes, after it has said that it will not: a caller that counts on
 it is on its way."""
@@ -253,15 +248,15 @@ def _stay(record_at: int, thread: int, number: int) -> bool:
         return False
     store(waiting, 1)
     turns = 0
-    while load_acquire(gate + 8) != number:
+    while (load_acquire(gate + 8) - number) % c.NUMBERS > c.NUMBERS // 2:  # the caller is behind
         pause()
         turns += 1
         if turns % 16 == 0:
             gone = now() - start
             wanted = load_acquire(pending) > load_acquire(pending + 8)
-            if gone > STAY:
+            if gone > call[c.STAY]:
                 store(waiting, 0)
-            if gone > STAY + GRACE or (wanted and load_acquire(following) != number):
+            if gone > call[c.STAY] + GRACE or (wanted and load_acquire(following) != number):
                 store(waiting, 0)
                 return False
     store(waiting, 0)
