@@ -2,7 +2,8 @@
 
 Most nodes become one step. A strided convolution becomes two: its input is first copied into phase
 planes, on which it is a convolution of stride 1. Concatenation becomes nothing: its parts are
-written in place, unless a part already lies elsewhere; then that part is copied.
+written in place, unless a part already lies elsewhere; then that part is copied. Where one begins
+with the parts of another, as in a DenseNet, the other lies in it.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class _Lowering:
         self.places = {name: Place(name) for name in self.shapes}
         self.written: set[str] = set()  # values that the node before writes itself
         self.copied: dict[str, list[tuple[str, int]]] = {}  # concatenation -> parts to copy
+        self.joined: dict[tuple[str, ...], str] = {}  # parts -> concatenation
         self.steps: list[Step] = []
         for node in graph.nodes:
             if node.op == "concat":
@@ -116,17 +118,28 @@ class _Lowering:
         self.steps.append(Step(op, node, source, target, other, packed, details))
 
     def _place_parts(self, node: Node) -> None:
-        channel = 0
+        names, channel = tuple(node.inputs), 0
         used: set[str] = set()
-        for name in node.inputs:
+        while names:
+            name, count = self._next_part(names)
             own = self.places[name] == Place(name)
             is_input = name == self.model.graph.inputs[0].name
             if own and name not in used and not is_input:
                 self._move(name, node.name, channel)
             else:
                 self.copied.setdefault(node.name, []).append((name, channel))
-            used.add(name)
+            used.update(names[:count])
+            names = names[count:]
             channel += self.shapes[name][0]
+        self.joined[tuple(node.inputs)] = node.name
+
+    def _next_part(self, names: tuple[str, ...]) -> tuple[str, int]:
+        """Return the first part, or what the first parts were joined to, and how many they are."""
+        for count in range(len(names), 1, -1):
+            name = self.joined.get(names[:count])
+            if name is not None and self.places[name] == Place(name):
+                return name, count
+        return names[0], 1
 
     def _move(self, name: str, owner: str, channel: int) -> None:
         """Let a value, and the parts already placed in it, live in a concatenation."""
