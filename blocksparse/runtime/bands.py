@@ -107,7 +107,9 @@ def fill_columns(product: Product) -> int:
     record[records.LEAD] = lead
     record[records.TILE_ROWS_IMAGE] = per_image
     product.call(records.INPUT_KERNEL, Kernel("winograd_input", width=height))
-    product.call(records.OUTPUT_KERNEL, Kernel("winograd_output", width=height))
+    product.call(
+        records.OUTPUT_KERNEL, Kernel("winograd_output", width=height, activation=product.ending)
+    )
     columns = np.arange(layout.round_up(row, lanes))
     product.keep(records.INSIDE, lane_bits(columns < output.width, lanes))
     product.keep(records.WITHIN, lane_bits(columns < row, lanes))
@@ -136,7 +138,9 @@ def fill_lines(product: Product) -> int:
     left = product.step.node.attrs["padding"][1]
     product.record[records.PAD_LEFT] = product.step.top * output.row + left
     product.call(records.INPUT_KERNEL, Kernel("line_input", width=width))
-    product.call(records.OUTPUT_KERNEL, Kernel("line_output", width=width))
+    product.call(
+        records.OUTPUT_KERNEL, Kernel("line_output", width=width, activation=product.ending)
+    )
     product.keep(records.INSIDE, pixel_mask(output, product.batch, lanes))
     _fill(product, packed.channels * np.int64(line), bands)
     return _fill_planes(product, filtering, units, band, band, line)
@@ -181,7 +185,10 @@ def fill_tiles(product: Product) -> int:
     record[records.WINDOW] = window
     taps = product.kernel[0]
     product.call(records.INPUT_KERNEL, Kernel("tile_input", 1, groups, taps))
-    product.call(records.OUTPUT_KERNEL, Kernel("tile_output", window, groups, taps))
+    product.call(
+        records.OUTPUT_KERNEL,
+        Kernel("tile_output", window, groups, taps, activation=product.ending),
+    )
     product.keep(records.ZEROS, np.zeros((along + 1) * OUTPUTS * lanes, np.float32))
     read = _unit_pixels(OUTPUTS, lanes, groups, along) - step.node.attrs["padding"][1]
     inside = [(at >= 0) & (at < source.width) for at in (read, read + OUTPUTS)]

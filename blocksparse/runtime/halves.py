@@ -113,11 +113,19 @@ class _Halving:
         window = self.windows[step]
         return window.read(self._computed(step, 0)), window.read(self._computed(step, 1))
 
+    def _reads_around(self, step: Step) -> bool:
+        """Whether a step may read rows around the half it computes; an adaptive pool takes both."""
+        return (
+            step.source in self.rows
+            and step.target in self.rows
+            and step.op != records.ADAPTIVE_POOL
+        )
+
     def _beyond(self, step: Step) -> tuple[int, int]:
         """Rows a step reads below its upper half and above its lower one."""
-        own = self.rows.get(step.source)
-        if own is None or step.target not in self.rows:
+        if not self._reads_around(step):
             return 0, 0
+        own = self.rows[step.source]
         upper, lower = (self.windows[step].read(self._computed(step, half)) for half in (0, 1))
         height = self.whole.shapes[step.source][1]
         return (
@@ -173,7 +181,7 @@ class _Halving:
         """Rows that the halves of a value keep of one another: below the upper, above the lower."""
         halos: dict[str, tuple[int, int]] = {}
         for step in self.whole.steps:
-            if step.source in self.halved and step.target in self.rows:
+            if step.source in self.halved and self._reads_around(step):
                 below, above = halos.get(step.source, (0, 0))
                 more = self._beyond(step)
                 halos[step.source] = (max(below, more[0]), max(above, more[1]))
@@ -183,7 +191,7 @@ class _Halving:
         """Return the frame of both halves of every value that is cut."""
         around = dict.fromkeys(self.halved, 0)  # rows read above or below a half, padding included
         for step in self.whole.steps:
-            if step.source in self.halved and step.target in self.rows:
+            if step.source in self.halved and self._reads_around(step):
                 for half, own in enumerate(self.rows[step.source]):
                     read = self.windows[step].read(self._computed(step, half))
                     most = max(own.start - read.start, read.stop - own.stop)

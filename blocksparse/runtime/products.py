@@ -50,10 +50,13 @@ KERNELS: dict[int, tuple[str, tuple[int, ...]]] = {
 }
 """Micro-kernel and its widths by step: vectors of pixels, or images for linear layers."""
 
+ENDING = (records.CONV, records.CONV_NM)
+"""Steps whose product writes the outputs itself, and can apply any activation."""
 
-def kernel_for(op: int, packed: Packed, width: int) -> Kernel:
+
+def kernel_for(op: int, packed: Packed, width: int, activation: str = "none") -> Kernel:
     """Return the micro-kernel of a product at one width."""
-    return Kernel(KERNELS[op][0], packed.rows, packed.columns, width, packed.group)
+    return Kernel(KERNELS[op][0], packed.rows, packed.columns, width, packed.group, activation)
 
 
 def tile_widths(op: int, packed: Packed, target: Target) -> tuple[int, ...]:
@@ -110,6 +113,17 @@ class Product:
         """Where its output lies."""
         return records.layout_at(self.record, records.TARGET)
 
+    @property
+    def ending(self) -> str:
+        """Activation that the kernel applies which writes the outputs, "none" for a clamp."""
+        activation = str(self.step.details["activation"])
+        return "none" if activation in BOUNDS else activation
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """What the outputs are clamped to."""
+        return BOUNDS.get(self.step.details["activation"], BOUNDS["none"])
+
     def keep(self, place: int, array: npt.NDArray) -> None:
         """Put the address of an array into the record."""
         self.record[place] = self.tables.address(array)
@@ -137,7 +151,7 @@ def fill_conv(product: Product) -> int:
     lanes = product.target.lanes
     vectors, tail = vectors_and_tail(product)
     if tail:
-        kernel = Kernel("sparse_tail", packed.rows, packed.columns, tail)
+        kernel = Kernel("sparse_tail", packed.rows, packed.columns, tail, activation=product.ending)
         product.call(records.TAIL, kernel)
     widest = tile_widths(step.op, packed, product.target)[-1]
     channels = source.channels // planes
@@ -167,6 +181,7 @@ def vectors_and_tail(product: Product) -> tuple[int, int]:
     output, packed, lanes = product.output, product.packed, product.target.lanes
     vectors, tail = divmod(output.run(product.batch), lanes)
     whole = packed.rows == product.target.rows and product.step.op == records.CONV
+    whole &= product.ending == "none" or product.step.other is None
     if whole and 0 < vectors <= TAIL_VECTORS and 0 < tail <= min(output.width, lanes * 7 // 16):
         return vectors, tail
     return vectors + (tail > 0), 0
@@ -308,7 +323,8 @@ def fill_product(product: Product, offsets: npt.NDArray[np.int32], parts: int) -
     widths = tile_widths(step.op, packed, target)
     record[records.WIDEST] = widths[-1]
     for place, width in enumerate(widths):
-        product.call(records.KERNELS + place, kernel_for(step.op, packed, width))
+        activation = product.ending if step.op in ENDING else "none"
+        product.call(records.KERNELS + place, kernel_for(step.op, packed, width, activation))
     values, indices = tables.address(packed.values), tables.address(packed.indices)
     # a kernel asks for the inputs of the next step: there is one more than steps
     starts = tables.address(np.append(offsets, np.zeros(1, np.int32)))
@@ -335,5 +351,5 @@ def fill_product(product: Product, offsets: npt.NDArray[np.int32], parts: int) -
     record[records.PARTS_COUNT] = len(boundaries) - 1
     # the last tile may have fewer rows than its kernel reads
     product.keep(records.BIAS, np.append(product.bias, np.zeros(packed.rows, np.float32)))
-    product.keep(records.BOUNDS, np.array(BOUNDS[step.details["activation"]], np.float32))
+    product.keep(records.BOUNDS, np.array(product.bounds, np.float32))
     return len(boundaries) - 1

@@ -158,7 +158,8 @@ class _Lowering:
         if packed.group:
             op = {records.CONV: records.CONV_NM, records.LINEAR: records.LINEAR_NM}[op]
         activation = node.attrs["activation"]
-        fused = activation if activation in winograd.CLAMPS else "none"
+        linear = op in (records.LINEAR, records.LINEAR_NM)
+        fused = "none" if linear and activation not in winograd.CLAMPS else activation
         pool = self._pool(node) if op == records.TILES_CONV else None
         if pool is not None:
             self.written.add(pool.name)

@@ -243,6 +243,22 @@ def test_only_the_copies_at_the_border_read_the_other_half():
     ]  # fmt: skip
 
 
+def test_an_average_of_both_halves_needs_no_rows_around_them():
+    """EfficientNet-B0 took 37 MB in place of 12, and twice as long, when every half kept both."""
+    b = Builder((8, 40, 24))
+    x = b.conv("x", 16)
+    gate = b.node("adaptive_avg_pool2d", x, output_size=(1, 1))
+    x = b.node("mul", x, b.conv(gate, 16, (1, 1), padding=(0, 0), activation="sigmoid"))
+    b.conv(x, 8)
+    engine = engine_of(b.model())
+    crossing = [step for step in cut(engine).steps if step.details.get("halo")]
+    assert [(step.source, step.rows.height) for step in crossing] == [
+        ("x.lower", 1), ("x.upper", 1), ("mul3.lower", 1), ("mul3.upper", 1),
+    ]  # fmt: skip
+    whole, halves = (engine._plan(1, threads).plan.floats for threads in (1, 2))
+    assert halves < 1.25 * whole  # and what surrounds two maps in place of one
+
+
 def test_the_halves_share_no_memory():
     engine = engine_of(stages())
     plan = engine._plan(1, 2).plan

@@ -34,6 +34,10 @@ KERNELS = [
     Kernel("pool_max", 3, 3, 2),
     Kernel("pool_mean"),
     Kernel("pool_avg", 2, 3, 1),
+    Kernel("sparse_conv", 8, 8, 3, activation="silu"),
+    Kernel("sparse_tail", 8, 8, 7, activation="hardswish"),
+    Kernel("nm_conv", 1, 2, 4, 4, activation="sigmoid"),
+    Kernel("tile_output", 1, 2, 3, activation="silu"),
     Kernel("pointwise_same", activation="silu"),
     Kernel("pointwise_add", activation="hardswish"),
     Kernel("pointwise_mul", activation="relu"),
@@ -47,7 +51,7 @@ def test_every_kernel_is_compiled_for_other_processors():
     assert {kernel.op for kernel in KERNELS} == microkernels._WRITERS.keys()
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.op)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
 @pytest.mark.parametrize(
     ("triple", "cpu", "features"),
     [

@@ -262,17 +262,3 @@ def test_threads_compute_the_same_bits(function, shape):
         together, _, memory = run_over(engine, x, SENTINEL, threads)
         np.testing.assert_array_equal(together.view(np.int32), alone.view(np.int32))
         assert_nothing_else_written(memory, plan, len(x))
-
-
-def test_in_place_behind_a_convolution():
-    """The activation of a convolution that no clamp can express is a step on its own output."""
-    b = Builder((3, 9, 7))
-    b.conv("x", 5, activation="silu")
-    x = randoms(2, 3, 9, 7)
-    got, plan, _ = run_over(engine_of(b.model()), x, np.nan)
-    (step,) = (p for p in plan.records if p[records.OP] == records.ELEMENTWISE)
-    where = [records.layout_at(step, at) for at in (records.SOURCE, records.TARGET)]
-    assert where[0] == where[1]
-    weight = b.weights["conv2d0"].to_dense()
-    sums = naive.conv2d(x, weight, b.vectors["conv2d0.bias"], padding=1)
-    np.testing.assert_allclose(got, naive.pointwise("same", "silu", sums), rtol=0, atol=1e-5)

@@ -29,7 +29,7 @@ class Kernel:
     group : int
         For N:M the group length m, else 0.
     activation : str
-        What a pointwise kernel applies at the end; products take bounds.
+        What is applied at the end; "none" where a product takes bounds.
     """
 
     op: str
@@ -43,14 +43,16 @@ class Kernel:
     def name(self) -> str:
         """The symbol: dtype, pattern, op, tile."""
         pattern, op = self.op.split("_")
-        if pattern == "copy":
+        named = pattern == "pointwise" or self.activation != "none"
+        return self._tile(pattern, op) + (f"_{self.activation}" if named else "")
+
+    def _tile(self, pattern: str, op: str) -> str:
+        if pattern in ("copy", "pointwise"):
             return f"f32_{self.op}"
         if pattern in ("winograd", "line"):
             return f"f32_{self.op}_r{self.width}"
         if pattern == "tile":
             return f"f32_{self.op}_g{self.columns}" + ("_max" if self.rows > 1 else "")
-        if pattern == "pointwise":
-            return f"f32_{self.op}_{self.activation}"
         if pattern == "pool":
             return f"f32_{self.op}_{self.rows}x{self.columns}s{self.width}"
         if pattern == "nm":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from .activations import ending
 from .transforms import Transform
 from .writer import FLOAT_BYTES, I64
 
@@ -66,6 +67,7 @@ class LineOutput(Transform):
         size, width = self.lanes * FLOAT_BYTES, filtering.outputs
         has_residual = b.icmp_unsigned("!=", arg["residual"], I64(0))
         zero = ir.Constant(self.vector, None)
+        end = ending(self, self.vector)
 
         def channel(
             x_start: ir.Value, y_start: ir.Value, residual: ir.Value, bias: ir.Value
@@ -81,8 +83,8 @@ class LineOutput(Transform):
                     with b.if_then(b.icmp_signed(">", left, I64(i))):
                         whole = self.plus(value, self.step(beside, i * size), has_residual)
                         inside = self.mask(self.step(bits, i * self.bit_bytes))
-                        clamped = b.select(inside, self.clamp(whole), zero)
-                        self.store(clamped, self.step(y, i * size))
+                        ended = b.select(inside, end(whole), zero)
+                        self.store(ended, self.step(y, i * size))
                 return [
                     self.step(x, size),
                     self.step(y, width * size),

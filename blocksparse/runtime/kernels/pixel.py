@@ -10,6 +10,7 @@ from llvmlite import ir
 
 from blocksparse.format.weights import index_bits
 
+from .activations import ending
 from .writer import F32, FLOAT_BYTES, I32, I64, LINE_BYTES, Writer
 
 
@@ -51,9 +52,10 @@ class RowsWriter(Writer):
         y: ir.Value,
         residual: ir.Value,
         rows: ir.Value,
+        end: Callable[[ir.Value], ir.Value],
         masks: list[ir.Value] | None = None,
     ) -> None:
-        """Add the residual if any, clamp, zero the padding pixels, store the rows that exist.
+        """Add the residual if any, end, zero the padding pixels, store the rows that exist.
 
         ``sums(r)`` are the vectors or pixels of row r, of that kind and side by side.
         """
@@ -61,7 +63,6 @@ class RowsWriter(Writer):
         done = self.function.append_basic_block("stored")
         has_residual = b.icmp_unsigned("!=", self.arg["residual"], I64(0))
         size = FLOAT_BYTES * getattr(kind, "count", 1)
-        bounds = self.bounds(kind)
         for r in range(self.kernel.rows):
             row = self.function.append_basic_block(f"row{r}")
             b.cbranch(b.icmp_signed(">", rows, I64(r)), row, done)
@@ -81,7 +82,7 @@ class RowsWriter(Writer):
                 merged.append(phi)
             at = b.add(y, b.mul(self.arg["y_stride"], I64(r)))
             for v, x in enumerate(merged):
-                value = self.between(x, *bounds)
+                value = end(x)
                 if masks is not None:
                     value = b.select(masks[v], value, ir.Constant(kind, None))
                 self.store(value, self.step(at, v * size))
@@ -130,8 +131,9 @@ class PixelWriter(RowsWriter):
         width = self.kernel.width
         masks = [self.mask(self.step(mask, v * self.bit_bytes)) for v in range(width)]
         self.finish(
-            self.vector, lambda r: tile[r * width : (r + 1) * width], y, residual, rows, masks
-        )
+            self.vector, lambda r: tile[r * width : (r + 1) * width], y, residual, rows,
+            ending(self, self.vector), masks,
+        )  # fmt: skip
 
 
 class BlockSums(Writer):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from .activations import activated, ending
 from .pixel import RowsWriter
 from .writer import F32, FLOAT_BYTES, I32, I64
 
@@ -17,7 +18,8 @@ class SparseTail(RowsWriter):
     """As `pixel.SparseConv` for P pixels, all inside the image; vectors run over output channels.
 
     The weights of a column lie side by side, so they are loaded at once and multiplied by one pixel
-    after the other: P multiply-adds a column, of half a vector with AVX-512, in place of R.
+    after the other: P multiply-adds a column, of half a vector with AVX-512, in place of R. An
+    activation comes before the residual, so a kernel that has one is not for both.
     """
 
     arguments = (
@@ -32,9 +34,13 @@ class SparseTail(RowsWriter):
             w: ir.Value, y: ir.Value, residual: ir.Value, bias: ir.Value, left: ir.Value
         ) -> None:
             sums = self.sums(w, bias)
+            if self.kernel.activation == "none":
+                end = ending(self, F32)
+            else:  # of all channels at once
+                sums, end = [activated(self, pixel) for pixel in sums], lambda value: value
             self.finish(
                 F32, lambda r: [self.builder.extract_element(pixel, I32(r)) for pixel in sums],
-                y, residual, left,
+                y, residual, left, end,
             )  # fmt: skip
 
         self.each_rows(self.arg["y"], self.arg["residual"], part)

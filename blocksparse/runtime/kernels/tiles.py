@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from .activations import ending
 from .transforms import Transform
 from .winograd_matrices import OUTPUTS, PLANES
 from .writer import FLOAT_BYTES, I64, LINE_BYTES
@@ -125,6 +126,7 @@ class TileOutput(_Tiles):
         """Write the function."""
         b, arg = self.builder, self.arg
         zero = ir.Constant(self.vector, None)
+        end = ending(self, self.vector)
         size = OUTPUTS // self.kernel.rows
         has_residual = b.icmp_unsigned("!=", arg["residual"], I64(0))
         masks = [self.mask(self.step(arg["masks"], i * self.bit_bytes)) for i in range(2 * size)]
@@ -144,7 +146,7 @@ class TileOutput(_Tiles):
                         beside = b.add(residual, b.mul(place, arg["residual_row"]))
                         beside = self.step(beside, pixel * FLOAT_BYTES)
                         whole = self.plus(pixels[q], beside, has_residual)
-                        value = b.select(masks[q], self.clamp(whole), zero)
+                        value = b.select(masks[q], end(whole), zero)
                         to = b.add(y_start, b.mul(place, arg["y_row"]))
                         to = self.step(to, pixel * FLOAT_BYTES)
                         self.store_first(value, to, masks[size + q])

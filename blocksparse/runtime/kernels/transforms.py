@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
+from .activations import ending
 from .winograd_matrices import FILTERINGS, Filtering
 from .writer import F32, FLOAT_BYTES, I64, Writer
 
@@ -186,6 +187,7 @@ class WinogradOutput(Transform):
         b, arg = self.builder, self.arg
         has_residual = b.icmp_unsigned("!=", arg["residual"], I64(0))
         zero = ir.Constant(self.vector, None)
+        end = ending(self, self.vector)
 
         def channel(
             x_start: ir.Value, y_start: ir.Value, residual: ir.Value, bias: ir.Value
@@ -206,8 +208,8 @@ class WinogradOutput(Transform):
                     with b.if_then(b.icmp_signed(">", arg["rows"], I64(i))):
                         # beyond the row lies another one, or padding: always memory of ours
                         whole = self.plus(value, beside, has_residual)
-                        clamped = b.select(inside, self.clamp(whole), zero)
-                        self.store_first(clamped, y, within)
+                        ended = b.select(inside, end(whole), zero)
+                        self.store_first(ended, y, within)
                     y, beside = b.add(y, arg["y_row"]), b.add(beside, arg["residual_row"])
                 return [self.step(at, self.lanes * FLOAT_BYTES), self.step(bits, self.bit_bytes)]
 
