@@ -19,9 +19,9 @@ from benchmarks.handover import handover
 from benchmarks.stage import say, stage
 from blocksparse.perf import describe_machine, interleave, usable_cores
 
-# Seconds. PyTorch's OpenMP threads were seen to spin for 5 to 18 ms after a call, ONNX Runtime's for
-# 25 unless told not to, as they are here. With 10 ms the engine behind PyTorch, if it takes a few
-# milliseconds, took 1.6 times as long every second round.
+# Seconds. PyTorch's OpenMP threads were seen to spin for 5 to 18 ms after a call, ONNX Runtime's
+# for 25 unless told not to, as they are here. With 10 ms the engine behind PyTorch, if it takes a
+# few milliseconds, took 1.6 times as long every second round.
 SETTLE = 0.02
 
 

@@ -142,6 +142,8 @@ def layer_key(node: Node, weight: Weight, pooled: bool = False) -> str:
         stored = "dense"
     geometry = [node.attrs[name] for name in ("stride", "padding", "dilation")]
     sizes = ["x".join(map(str, part)) for part in (weight.shape, node.shape, *geometry)]
+    if node.attrs["groups"] > 1:
+        sizes.append(f"{node.attrs['groups']} groups")
     pool = " pooled" if pooled else ""
     return f"{' '.join(sizes)} {stored} {weight.density:.2f}{pool}"
 

@@ -29,7 +29,10 @@ Measured on ResNet-50's layers, where n is 6: input 25 to 40, output 30 to 50.
 """
 
 CLAMPS = ("none", "relu", "relu6")
-"""Activations that a product applies on the way out; others are a step of their own, in place."""
+"""Activations that are bounds, which any product takes; convolutions have kernels for others."""
+
+GROUP = 8
+"""Least outputs of a group that transforms of its inputs serve."""
 
 TILE = 3
 """Kernel height and width of what goes through tiles in both directions."""
@@ -69,12 +72,12 @@ def read_kernel(node: Node, kernel: tuple[int, int]) -> tuple[int, int]:
 
 
 def fits_columns(node: Node, kernel: tuple[int, int]) -> bool:
-    """Whether a convolution can go down the columns: one group, height, not dilated that way.
+    """Whether a convolution can go down the columns: height, groups, not dilated that way.
 
     One with a stride is one of stride 1 on its phase planes, unless it is dilated. All planes take
     the same points, so that the sums go over them as over other channels.
     """
-    if read_kernel(node, kernel)[0] not in FILTERINGS or node.attrs["groups"] != 1:
+    if read_kernel(node, kernel)[0] not in FILTERINGS or not _wide_groups(node):
         return False
     if not layout.is_strided(node):
         return bool(node.attrs["dilation"][0] == 1)
@@ -82,7 +85,7 @@ def fits_columns(node: Node, kernel: tuple[int, int]) -> bool:
 
 
 def fits_rows(node: Node, kernel: tuple[int, int]) -> bool:
-    """Whether a convolution can go along the rows: width, height 1, stride 1, one group."""
+    """Whether a convolution can go along the rows: width, height 1, stride 1, groups."""
     return kernel[0] == 1 and kernel[1] in ALONG and _plain(node, 1)
 
 
@@ -92,11 +95,15 @@ def fits_tiles(node: Node, kernel: tuple[int, int]) -> bool:
 
 
 def _plain(node: Node, axis: int) -> bool:
-    return (
-        not layout.is_strided(node)
-        and node.attrs["dilation"][axis] == 1
-        and node.attrs["groups"] == 1
-    )
+    return not layout.is_strided(node) and node.attrs["dilation"][axis] == 1 and _wide_groups(node)
+
+
+def _wide_groups(node: Node) -> bool:
+    """Whether all channels are one group, or each has outputs for a tile; depthwise ones have not.
+
+    RegNetY 800MF, with groups of 16 channels, takes 0.94 of the time so at 75 %, on one thread.
+    """
+    return node.attrs["groups"] == 1 or bool(node.shape[0] // node.attrs["groups"] >= GROUP)
 
 
 def unit_rows(height: int, width: int, lanes: int) -> int:
