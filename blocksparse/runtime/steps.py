@@ -119,16 +119,13 @@ class _Lowering:
 
     def _place_parts(self, node: Node) -> None:
         names, channel = tuple(node.inputs), 0
-        used: set[str] = set()
         while names:
             name, count = self._next_part(names)
             own = self.places[name] == Place(name)
-            is_input = name == self.model.graph.inputs[0].name
-            if own and name not in used and not is_input:
+            if own and name != self.model.graph.inputs[0].name:
                 self._move(name, node.name, channel)
             else:
                 self.copied.setdefault(node.name, []).append((name, channel))
-            used.update(names[:count])
             names = names[count:]
             channel += self.shapes[name][0]
         self.joined[tuple(node.inputs)] = node.name
@@ -136,9 +133,8 @@ class _Lowering:
     def _next_part(self, names: tuple[str, ...]) -> tuple[str, int]:
         """Return the first part, or what the first parts were joined to, and how many they are."""
         for count in range(len(names), 1, -1):
-            name = self.joined.get(names[:count])
-            if name is not None and self.places[name] == Place(name):
-                return name, count
+            if names[:count] in self.joined:
+                return self.joined[names[:count]], count
         return names[0], 1
 
     def _move(self, name: str, owner: str, channel: int) -> None:

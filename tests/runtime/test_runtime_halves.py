@@ -266,6 +266,18 @@ def test_an_average_of_both_halves_needs_no_rows_around_them():
     assert halves < 1.25 * whole  # and what surrounds two maps in place of one
 
 
+def test_the_last_average_reads_both_halves():
+    """It writes a vector, which is nobody's half."""
+    b = Builder((8, 40, 24))
+    x = b.node("adaptive_avg_pool2d", b.conv("x", 16), output_size=(1, 1))
+    b.linear(b.node("flatten", x), 10)
+    engine, x = engine_of(b.model()), randoms(1, 8, 40, 24)
+    (mean,) = (step for step in cut(engine).steps if step.op == records.ADAPTIVE_POOL)
+    assert (mean.source, mean.other) == ("conv2d0.upper", "conv2d0.lower")
+    expected = reference.run(b.model(), x)
+    np.testing.assert_allclose(engine.run(x, 2), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_halves_share_no_memory():
     engine = engine_of(stages())
     plan = engine._plan(1, 2).plan
