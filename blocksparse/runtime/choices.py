@@ -32,6 +32,8 @@ def choice_of(
     if not steps:
         if node.op == "concat":
             return "none", "its parts are written in place"
+        if node.op == "slice":
+            return "none", "some channels of the node before it, where they are"
         return "none", "the node before it writes its values"
     copies = sum(step.op == records.COPY for step in steps)
     product = next((step for step in steps if step.packed is not None), None)

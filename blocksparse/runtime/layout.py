@@ -8,8 +8,8 @@ fixed distance from the output pixel, and any run of pixels can be computed at o
 and images it crosses.
 
 For that, the input and the output of such a convolution must agree on row length and channel
-stride, and so must the two sides of a sum and the parts of a concatenation. Values that must agree
-form a *frame*; `frames` finds them.
+stride, and so must the two sides of a sum, the parts of a concatenation, and a value and channels
+that are taken of it. Values that must agree form a *frame*; `frames` finds them.
 """
 
 # N images, C channels, H W image, F features; a frame has R rows an image of L pixels each
@@ -134,6 +134,8 @@ def frames(
             for name in node.inputs:
                 if shapes.get(name, ())[1:] == node.shape[1:]:
                     groups.join(node.name, name)
+        elif is_part(node, shapes):
+            groups.join(node.name, node.inputs[0])
     members: dict[str, list[str]] = {}
     for name in shapes:
         members.setdefault(groups.root(name), []).append(name)
@@ -146,6 +148,13 @@ def frames(
         most = max(beyond.get(name, 0) for name in names)
         result.update(dict.fromkeys(names, Frame(rows, row, above, left, most)))
     return result
+
+
+def is_part(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a node takes neighbouring channels of a feature map, with all their pixels."""
+    if node.op != "slice" or tuple(node.attrs["step"]) != (1, 1, 1):
+        return False
+    return node.shape[1:] == shapes[node.inputs[0]][1:]
 
 
 def is_strided(node: Node) -> bool:

@@ -3,7 +3,8 @@
 Most nodes become one step. A strided convolution becomes two: its input is first copied into phase
 planes, on which it is a convolution of stride 1. Concatenation becomes nothing: its parts are
 written in place, unless a part already lies elsewhere; then that part is copied. Where one begins
-with the parts of another, as in a DenseNet, the other lies in it.
+with the parts of another, as in a DenseNet, the other lies in it. Channels that are taken of a
+value lie there, unless they are a part of a concatenation.
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ class _Lowering:
         for node in graph.nodes:
             if node.op == "concat":
                 self._place_parts(node)
+        for node in graph.nodes:
+            if layout.is_part(node, self.shapes):
+                self._place_part(node)
 
     def run(self) -> Steps:
         graph = self.model.graph
@@ -259,7 +263,16 @@ class _Lowering:
             self.places[part] = Place(place.owner, place.channel + channel)
             self._emit(records.COPY, node, name, part, scale=(1, 1, 1), shift=(0, 0, 0))
 
+    def _place_part(self, node: Node) -> None:
+        """Let channels of a value lie there, unless they are a part of another one, too."""
+        source, (start, _, _) = self.places[node.inputs[0]], node.attrs["start"]
+        if self.places[node.name] == Place(node.name):
+            self.places[node.name] = Place(source.owner, source.channel + start)
+            self.written.add(node.name)
+
     def _slice(self, node: Node) -> None:
+        if node.name in self.written:
+            return
         attrs = node.attrs
         self._emit(
             records.COPY, node, node.inputs[0], node.name, scale=attrs["step"], shift=attrs["start"]

@@ -1,8 +1,9 @@
-"""Concatenations: parts written in place, and those that begin with the parts of another."""
+"""Concatenations and slices: what is written in place, lies in another value, or is copied."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from bare import engine_of, run_over
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from models import Builder, randoms
 
 from blocksparse.runtime import memory, reference
 from blocksparse.runtime.kernels import records
+from blocksparse.runtime.step import Place
 
 
 def copies(engine):
@@ -76,15 +78,63 @@ def test_what_came_in_is_copied_once():
     np.testing.assert_allclose(engine.run(x, 2), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_channels_that_are_taken_lie_where_they_are():
+    """A unit of ShuffleNet V2: one part goes through, and is copied behind the mixed channels."""
+    b = Builder((8, 9, 7))
+    x = b.conv("x", 16)
+    left = b.node("slice", x, start=(0, 0, 0), stop=(8, 9, 7), step=(1, 1, 1))
+    right = b.node("slice", x, start=(8, 0, 0), stop=(16, 9, 7), step=(1, 1, 1))
+    b.node("concat", left, b.conv(right, 8))
+    engine, x = engine_of(b.model()), randoms(2, 8, 9, 7)
+    (copy,) = (step for step in engine.steps.steps if step.op == records.COPY)
+    assert copy.target == left
+    assert engine.steps.places[right] == Place("conv2d0", 8)
+    rows = {row.name: row for row in engine.choices()}
+    assert rows[right].reason == "some channels of the node before it, where they are"
+    expected = reference.run(b.model(), x)
+    for batch in (1, 2):
+        got, _, _ = run_over(engine, x[:batch], np.nan, 2)
+        np.testing.assert_allclose(got, expected[:batch], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "step"),
+    [
+        ((0, 1, 0), (16, 9, 7), (1, 1, 1)),
+        ((0, 0, 0), (16, 9, 6), (1, 1, 1)),
+        ((0, 0, 0), (16, 9, 7), (2, 1, 1)),
+        ((0, 0, 0), (16, 9, 7), (1, 2, 1)),
+    ],
+)
+def test_other_slices_are_copied(start, stop, step):
+    b = Builder((8, 9, 7))
+    b.node("slice", b.conv("x", 16), start=start, stop=stop, step=step)
+    engine, x = engine_of(b.model()), randoms(2, 8, 9, 7)
+    assert copies(engine) == ["conv2d0"]
+    expected = reference.run(b.model(), x)
+    np.testing.assert_allclose(engine.run(x, 2), expected, rtol=1e-5, atol=1e-4)
+
+
 @settings(max_examples=80)
 @given(data=st.data(), threads=st.integers(1, 2), batch=st.integers(1, 2))
 def test_any_parts_in_any_order(data, threads, batch):
-    """Prefixes, repetitions, nested and crossing ones; each is read before and after the next."""
+    """Prefixes, repetitions, nested and crossing ones, slices; each is read once more, or twice."""
     b = Builder((3, 24, 5))
     names, read = ["x"], []
     for step in range(data.draw(st.integers(2, 6))):
-        if data.draw(st.booleans()):
-            names.append(b.conv(data.draw(st.sampled_from(names)), 2 + step, seed=step))
+        kind = data.draw(st.sampled_from(["conv", "concat", "slice", "activation"]))
+        name = data.draw(st.sampled_from(names))
+        if kind == "conv":
+            names.append(b.conv(name, 2 + step, seed=step))
+        elif kind == "activation":  # may take the place of what it reads
+            names.append(b.node("activation", name, activation="hardswish"))
+        elif kind == "slice":
+            channels = b.shapes[name][0]
+            first = data.draw(st.integers(0, channels - 1))
+            last = data.draw(st.integers(first + 1, channels))
+            names.append(
+                b.node("slice", name, start=(first, 0, 0), stop=(last, 24, 5), step=(1, 1, 1))
+            )
         else:
             joined = [name for name in names if name.startswith("concat")]
             first = [node.inputs for node in b.nodes if joined and node.name == joined[-1]]
@@ -92,7 +142,8 @@ def test_any_parts_in_any_order(data, threads, batch):
             more = data.draw(st.lists(st.sampled_from(names), min_size=2, max_size=3))
             names.append(b.node("concat", *start, *more))
         read.append(b.conv(names[-1], 4, (1, 1), padding=(0, 0), seed=step))
-    read += [b.conv(name, 4, (1, 1), padding=(0, 0), seed=9) for name in names]
+    late = data.draw(st.booleans())
+    read += [b.conv(name, 4, (1, 1), padding=(0, 0), seed=9) for name in names if late]
     b.node("concat", *read)
     model, x = b.model(), randoms(batch, 3, 24, 5)
     got, _, _ = run_over(engine_of(model), x, np.nan, threads)

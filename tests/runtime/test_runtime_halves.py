@@ -80,6 +80,10 @@ def extend(b, draw, x):
         channels, height, width = b.shapes[x]
         return b.node("slice", x, start=(0, height // 3, 0), stop=(channels, height, width),
                       step=(1, draw(one), 1))  # fmt: skip
+    if kind == "part":
+        channels, height, width = b.shapes[x]
+        return b.node("slice", x, start=(channels // 2, 0, 0), stop=(channels, height, width),
+                      step=(1, 1, 1))  # fmt: skip
     if kind == "pad":
         return b.node("pad", x, before=(0, draw(one), 1), after=(0, 0, 0))
     if kind == "gate":
@@ -92,7 +96,7 @@ def extend(b, draw, x):
 
 KINDS = [
     "conv", "max_pool2d", "avg_pool2d", "add", "concat", "slice", "pad", "gate", "affine", "silu",
-    "residual",
+    "residual", "part",
 ]  # fmt: skip
 LAYOUTS = ["dense", ("bsr", (8, 8), 0.5), ("nm", 2, 4)]
 
