@@ -38,11 +38,11 @@ def choice_of(
     copies = sum(step.op == records.COPY for step in steps)
     product = next((step for step in steps if step.packed is not None), None)
     if product is None or product.packed is None:
-        kind = "copy" if copies == len(steps) else node.op
-        return (
-            f"f32_{kind}",
-            f"{copies} of its parts copied" if node.op == "concat" else "no weight",
-        )
+        if node.op == "concat":
+            return "f32_copy", f"{len(steps)} of its parts copied"
+        if node.op == "slice" or copies == len(steps):
+            return "f32_copy", "no weight"
+        return f"f32_{node.op}", "no weight"
     tile = f"in tiles of {product.packed.rows} outputs by {product.packed.columns} inputs"
     if isinstance(weight, NMWeight):
         pattern, reason = f"nm{weight.n}of{weight.m}", f"packed {weight.n}:{weight.m}"

@@ -226,17 +226,13 @@ class _Lowering:
         self._product(records.LINEAR, node, node.inputs[0], None, 1)
 
     def _elementwise(
-        self, node: Node, function: str, source: str, other: str | None, activation: str
-    ) -> None:
+        self, node: Node, function: str, source: str, other: str | None, activation: str,
+        target: str | None = None,
+    ) -> None:  # fmt: skip
         self._emit(
-            records.ELEMENTWISE,
-            node,
-            source,
-            node.name,
-            other,
-            function=function,
+            records.ELEMENTWISE, node, source, target or node.name, other, function=function,
             activation=activation,
-        )
+        )  # fmt: skip
 
     def _add(self, node: Node) -> None:
         a, b = node.inputs
@@ -255,13 +251,8 @@ class _Lowering:
 
     def _concat(self, node: Node) -> None:
         for name, channel in self.copied.get(node.name, []):
-            part = f"{node.name}[{channel}]"
-            self.shapes[part] = self.shapes[name]
-            if node.name in self.frames:  # vectors have none
-                self.frames[part] = self.frames[node.name]
-            place = self.places[node.name]
-            self.places[part] = Place(place.owner, place.channel + channel)
-            self._emit(records.COPY, node, name, part, scale=(1, 1, 1), shift=(0, 0, 0))
+            part = self._part(node.name, channel, self.shapes[name])
+            self._elementwise(node, "same", name, None, "none", part)
 
     def _place_part(self, node: Node) -> None:
         """Let channels of a value lie there, unless they are a part of another one, too."""
@@ -273,10 +264,23 @@ class _Lowering:
     def _slice(self, node: Node) -> None:
         if node.name in self.written:
             return
-        attrs = node.attrs
-        self._emit(
-            records.COPY, node, node.inputs[0], node.name, scale=attrs["step"], shift=attrs["start"]
-        )
+        (source,), attrs = node.inputs, node.attrs
+        if layout.is_part(node, self.shapes):
+            part = self._part(source, attrs["start"][0], node.shape)
+            self._elementwise(node, "same", part, None, "none")
+        else:
+            self._emit(
+                records.COPY, node, source, node.name, scale=attrs["step"], shift=attrs["start"]
+            )
+
+    def _part(self, name: str, channel: int, shape: tuple[int, ...]) -> str:
+        """Name some channels of a value, from one on."""
+        part, place = f"{name}[{channel}:{channel + shape[0]}]", self.places[name]
+        self.shapes[part] = shape
+        if name in self.frames:  # vectors have none
+            self.frames[part] = self.frames[name]
+        self.places[part] = Place(place.owner, place.channel + channel)
+        return part
 
     def _pad(self, node: Node) -> None:
         shift = tuple(-before for before in node.attrs["before"])

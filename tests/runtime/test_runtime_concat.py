@@ -16,7 +16,11 @@ from blocksparse.runtime.step import Place
 
 def copies(engine):
     """Parts that are copied into a concatenation."""
-    return [step.source for step in engine.steps.steps if step.op == records.COPY]
+    return [
+        step.source
+        for step in engine.steps.steps
+        if step.node.op in ("concat", "slice") and step.op != records.STORE
+    ]
 
 
 def dense_block(layers, each):
@@ -86,7 +90,11 @@ def test_channels_that_are_taken_lie_where_they_are():
     right = b.node("slice", x, start=(8, 0, 0), stop=(16, 9, 7), step=(1, 1, 1))
     b.node("concat", left, b.conv(right, 8))
     engine, x = engine_of(b.model()), randoms(2, 8, 9, 7)
-    (copy,) = (step for step in engine.steps.steps if step.op == records.COPY)
+    (copy,) = (
+        step
+        for step in engine.steps.steps
+        if step.node.op in ("concat", "slice") and step.op != records.STORE
+    )
     assert copy.target == left
     assert engine.steps.places[right] == Place("conv2d0", 8)
     rows = {row.name: row for row in engine.choices()}
@@ -148,3 +156,17 @@ def test_any_parts_in_any_order(data, threads, batch):
     model, x = b.model(), randoms(batch, 3, 24, 5)
     got, _, _ = run_over(engine_of(model), x, np.nan, threads)
     np.testing.assert_allclose(got, reference.run(model, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("features", [5, 16, 40])
+def test_vectors_are_copied_where_they_are_wanted_twice(features):
+    b = Builder((4, 3, 3))
+    a = b.linear(b.node("flatten", "x"), features)
+    c = b.linear(a, 7)
+    b.node("concat", a, c, a, b.node("concat", c, a))
+    engine, x = engine_of(b.model()), randoms(3, 4, 3, 3)
+    assert copies(engine) == [a, "concat3"]  # c and a, joined, lie where they are wanted first
+    expected = reference.run(b.model(), x)
+    for batch in (1, 3):
+        got, _, _ = run_over(engine, x[:batch], np.nan, 2)
+        np.testing.assert_allclose(got, expected[:batch], rtol=1e-5, atol=1e-4)
