@@ -26,6 +26,7 @@ from blocksparse.pipeline.setup import (
     build,
     build_data,
     build_network,
+    build_teachers,
     check,
     export_block,
     is_first_process,
@@ -36,7 +37,7 @@ from blocksparse.pipeline.stages import Stage, save_weights
 from blocksparse.report import Report
 from blocksparse.sparsity import Plan, checkpoint_plan
 from blocksparse.sparsity.state import STATE_KEY
-from blocksparse.training import load_weights, read_weights
+from blocksparse.training import Ensemble, load_weights, read_weights
 from blocksparse.training.sparsity_callback import SparsityCallback
 from blocksparse.training.weights import read_content
 from blocksparse.whole_file import write_whole
@@ -114,6 +115,7 @@ class _Job:
         self.pruning: SparsityCallback = build(cfg.sparsity, save_dir=str(folder.path))
         # Now, so that a mistake shows before the dense training.
         self.target = self.pruning.plan_for(self.network).target
+        self.teachers = [] if self._finished("sparse") else build_teachers(cfg, self.data)
 
     def forget_later(self) -> None:
         """Remove what stages left that are gone through again, as a checkpoint before was named.
@@ -145,6 +147,8 @@ class _Job:
             pruning += ", channels permuted before"
         if is_set(cfg.distillation) and cfg.sparse.epochs > 0:
             pruning += ", with distillation"
+            if self.teachers:
+                pruning += f" from {1 + len(self.teachers)} networks"
         rows = {
             "data": f"{type(data).__name__}, {images[0]:,} + {images[1]:,} validation images, "
             f"{shape}, {data.num_classes} classes",
@@ -175,7 +179,7 @@ class _Job:
         """Return the sparse network, pruned now or before, and what was pruned in it."""
         target = self.folder.checkpoint("sparse")
         network = copy.deepcopy(dense)
-        teacher = dense
+        teacher = Ensemble([dense, *self.teachers]) if self.teachers else dense
         if self._finished("sparse"):
             load_weights(network, read_weights(target), source=str(target))
             plan = checkpoint_plan(read_content(target))

@@ -15,12 +15,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from blocksparse.pipeline.values import check_values
-from blocksparse.training import Classifier, ImageData
+from blocksparse.training import Classifier, ImageData, build_model
 
 __all__ = [
     "build",
     "build_data",
     "build_network",
+    "build_teachers",
     "check",
     "check_export",
     "export_block",
@@ -83,6 +84,32 @@ def build_network(cfg: DictConfig, data: ImageData, trained: bool = True) -> nn.
     network: nn.Module = build(model, num_classes=data.num_classes, input_shape=data.input_shape)
     _try_images(network, cfg, data.input_shape)
     return network
+
+
+def build_teachers(cfg: DictConfig, data: ImageData) -> list[nn.Module]:
+    """Return the trained networks that are followed besides the dense one.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        One of them cannot be built, its weights cannot be read, or it cannot take these images.
+    """
+    described = build(cfg.distillation).teachers if is_set(cfg.distillation) else ()
+    teachers = []
+    for place, options in enumerate(described):
+        try:
+            teacher = build_model(
+                num_classes=data.num_classes, input_shape=data.input_shape, **options
+            )
+            with torch.no_grad():
+                teacher.eval()(torch.zeros(1, *data.input_shape))
+        except (FileNotFoundError, RuntimeError, TypeError, ValueError) as error:
+            key = f"distillation.teachers[{place}]"
+            reason = str(error).strip().split("\n")[0].replace("model.", f"{key}.")
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(reason if key in reason else f"{key}: {reason}") from error
+        teachers.append(teacher)
+    return teachers
 
 
 def _try_images(network: nn.Module, cfg: DictConfig, shape: tuple[int, int, int]) -> None:

@@ -2,7 +2,7 @@
 
 from blocksparse.training.batchnorm import BatchNormReestimation, reestimate
 from blocksparse.training.data import Cifar10, Cifar100, Digits, Fake, ImageData, ImageFolder
-from blocksparse.training.distillation import Distillation
+from blocksparse.training.distillation import Distillation, Ensemble
 from blocksparse.training.models import build_model, model_names
 from blocksparse.training.module import Classifier
 from blocksparse.training.optimization import Optimization
@@ -17,6 +17,7 @@ __all__ = [
     "Classifier",
     "Digits",
     "Distillation",
+    "Ensemble",
     "Fake",
     "ImageData",
     "ImageFolder",

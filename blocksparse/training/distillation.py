@@ -1,8 +1,9 @@
 """Learning from the dense network: knowledge distillation (G. Hinton et al., arXiv:1503.02531).
 
-Features are followed as in FitNets (A. Romero et al., arXiv:1412.6550), without its regressor, as
-pruning leaves every feature map its shape; each is divided by its size, as the SquareHead loss does
-(E. Kurtic et al., arXiv:2310.06927).
+Several networks together teach more than one of them (section 5 there). Features are followed as in
+FitNets (A. Romero et al., arXiv:1412.6550), without its regressor, as pruning leaves every feature
+map its shape; each is divided by its size, as the SquareHead loss does (E. Kurtic et al.,
+arXiv:2310.06927).
 """
 
 # N batch, K classes.
@@ -10,10 +11,12 @@ pruning leaves every feature map its shape; each is divided by its size, as the 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,16 @@ class Distillation:
         teacher is followed, and labels do not count: what it says of images that neither network
         was trained on tells more about it than its certainty on those it was (L. Beyer et al.,
         arXiv:2106.05237).
+    teachers : sequence of mappings
+        Trained networks that are followed together with the dense one, see `Ensemble`: arguments
+        of `build_model`, `name` and `weights` among them.
     """
 
     temperature: float = 4.0
     weight: float = 0.7
     features: float = 0.0
     cutmix: float = 0.0
+    teachers: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -60,6 +67,18 @@ class Distillation:
         if not 0 <= self.features < math.inf:
             raise ValueError(
                 f"distillation.features is {self.features}; it is a weight, zero or above"
+            )
+        for place, teacher in enumerate(self.teachers):
+            given = teacher if isinstance(teacher, Mapping) else {}
+            if None in (given.get("name"), given.get("weights")):
+                raise ValueError(
+                    f"distillation.teachers[{place}] is {teacher}; it must have a name and "
+                    "weights, such as {name: resnet56, weights: resnet56.safetensors}"
+                )
+        if self.teachers and self.features:
+            raise ValueError(
+                "distillation.features follows the feature maps of the dense network, and "
+                "distillation.teachers have others: leave one of the two"
             )
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -82,3 +101,22 @@ class Distillation:
     def mix(self, loss: Tensor, divergence: Tensor) -> Tensor:
         """Mix the loss against the labels with the divergence from the teacher."""
         return (1 - self.weight) * loss + self.weight * divergence
+
+
+class Ensemble(nn.Module):
+    """Several networks whose logits are averaged.
+
+    Parameters
+    ----------
+    networks : iterable of nn.Module
+        All take the same images, and tell the same classes apart.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the mean of the networks' logits [N, K]."""
+        logits: Tensor = sum(network(images) for network in self.networks)
+        return logits / len(self.networks)
